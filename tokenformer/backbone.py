@@ -1,0 +1,131 @@
+"""The stack of pre-norm blocks that language and vision share.
+
+B batch, T sequence, D channels, H heads, K channels of a head, R rotated channels of a head.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tokenformer.baseline import MLP, linear
+from tokenformer.config import BackboneConfig
+from tokenformer.pattention import Pattention
+
+
+def projection(config: BackboneConfig, num_tokens: int, *, residual: bool) -> nn.Module:
+    """A D -> D projection: a Pattention of `num_tokens` tokens, or a linear layer in the baseline.
+
+    `residual` says that its output is added to the residual stream, where initial values are smaller.
+    """
+    if config.baseline is not None:
+        return linear(config.dim, config.dim, baseline_std(config, residual))
+    return Pattention(
+        config.dim,
+        config.dim,
+        num_tokens,
+        score_norm=config.score_norm,
+        scale=config.scale,
+        key_std=config.key_std,
+        value_std=config.value_std(num_tokens, residual),
+    )
+
+
+def baseline_std(config: BackboneConfig, residual: bool) -> float:
+    """GPT-2's initialisation: N(0, 0.02), and 1/sqrt(2 L) of it in the two residual projections of a block."""
+    return 0.02 / math.sqrt(2 * config.depth) if residual else 0.02
+
+
+def layer_norm(config: BackboneConfig) -> nn.LayerNorm:
+    """A block's norm, without weight and bias unless the config asks for them."""
+    return nn.LayerNorm(config.dim, eps=1e-5, elementwise_affine=config.norm_affine)
+
+
+def rotary_tables(seq_len: int, rotary_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, R) of the rotary embedding, base 10000, half-split: channel j pairs with j + R/2.
+
+    Always float32: in bfloat16 neighbouring positions far into a sequence would be the same.
+    """
+    channels = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
+    frequencies = 1.0 / 10000 ** (channels / rotary_dim)  # (R/2)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)  # (T, R)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first R channels of each head of x (B, H, T, K) by their positions."""
+    cos, sin = tables
+    turned, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin  # at least float32
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Attention between the tokens of a sequence; each of its four projections is attention to parameter tokens."""
+
+    def __init__(self, config: BackboneConfig, causal: bool) -> None:
+        super().__init__()
+        self.num_heads, self.causal = config.num_heads, causal
+        self.query = projection(config, config.qkv_tokens, residual=False)
+        self.key = projection(config, config.qkv_tokens, residual=False)
+        self.value = projection(config, config.qkv_tokens, residual=False)
+        self.out = projection(config, config.proj_tokens, residual=True)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, T, D) -> (B, T, D). `rotary` holds the tables of :func:`rotary_tables`, or None for no positions."""
+        query, key, value = (
+            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, K)
+            for project in (self.query, self.key, self.value)
+        )
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)  # (B, H, T, K)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: BackboneConfig, causal: bool) -> None:
+        super().__init__()
+        self.attention_norm = layer_norm(config)
+        self.attention = SelfAttention(config, causal)
+        self.ffn_norm = layer_norm(config)
+        if config.baseline is not None:
+            self.ffn: nn.Module = MLP(config.dim, config.mlp_hidden, baseline_std(config, residual=True))
+        else:
+            self.ffn = projection(config, config.ffn_tokens, residual=True)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = x + self.attention(self.attention_norm(x), rotary)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Backbone(nn.Module):
+    """`depth` blocks and the affine final norm.
+
+    Attributes:
+        checkpoint_activations: keep only each block's input for the backward pass and compute the rest again.
+    """
+
+    def __init__(self, config: BackboneConfig, causal: bool) -> None:
+        super().__init__()
+        self.rotary_dim = config.rotary_dim
+        self.checkpoint_activations = False
+        self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        rotary = rotary_tables(x.shape[1], self.rotary_dim, x.device) if self.rotary_dim else None
+        for block in self.blocks:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                block = partial(checkpoint, block, use_reentrant=False)
+            x = block(x, rotary)
+        return self.norm(x)

@@ -1,0 +1,298 @@
+"""Pattention: attention between the input tokens and learnable parameter tokens (TokenFormer, eq. 4-6).
+
+    scores = x @ keys.T              A_ij = x_i . k_j
+    weights = gelu(tau * A / |A|)    |A| is the Euclidean norm of a row, so the GELU's input has an RMS of tau / sqrt(N)
+    out = weights @ values
+
+Shapes: T input tokens, D channels (D_in, D_out), N parameter tokens. Every matrix here has rows = tokens.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ScoreNorm = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+TauMode = Literal["fixed", "learned", "current"]
+
+# E[weight^2] of one parameter token at initialisation, where the scores of a row are close to normal.
+WEIGHT_SECOND_MOMENT = {"l2_norm_gelu": 0.425, "gelu_l2_norm": 1.0, "softmax": 1.0}
+
+# d(log tau) / d(gain): Adam moves `tau_gain` by about one learning rate a step, a tenth of what log tau may need.
+TAU_GAIN_RATE = 10.0
+
+# Elements of a T x N buffer that the operator takes at a time on the CPU.
+CPU_BLOCK = 2**22
+
+
+def default_tau(num_tokens: int, score_norm: ScoreNorm = "l2_norm_gelu") -> float:
+    """The factor after the score normalisation in the released code: sqrt(N), or N for softmax."""
+    return float(num_tokens) if score_norm == "softmax" else math.sqrt(num_tokens)
+
+
+def pattention(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: Tensor | float | None = None,
+    score_norm: ScoreNorm = "l2_norm_gelu",
+) -> Tensor:
+    """Attend from input tokens to parameter tokens (paper eq. 4-6; released code, class ``Pattention``).
+
+    Args:
+        x: input tokens, (..., D_in).
+        keys: key tokens, (N, D_in).
+        values: value tokens, (N, D_out).
+        scale: tau, the factor after the normalisation, a number or a one-element tensor (which may need a gradient).
+            Default: sqrt(N), or N for softmax.
+        score_norm: ``l2_norm_gelu`` (all published models), ``gelu_l2_norm`` or ``softmax``.
+
+    Returns:
+        (..., D_out). A row whose scores are all zero gives zeros with the two L2 kinds, and zero gradients.
+
+    Raises:
+        ValueError: for an unknown ``score_norm``.
+    """
+    if score_norm not in WEIGHT_SECOND_MOMENT:
+        raise ValueError(f"score_norm={score_norm!r}: choose one of {', '.join(WEIGHT_SECOND_MOMENT)}")
+    if scale is None:
+        scale = default_tau(keys.shape[0], score_norm)
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return _pattention(x, keys, values, scale, score_norm)
+    dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):  # the operator chooses its own precisions
+        return _pattention(x.to(dtype), keys.to(dtype), values.to(dtype), scale, score_norm)
+
+
+def _pattention(x: Tensor, keys: Tensor, values: Tensor, scale: Tensor | float, score_norm: ScoreNorm) -> Tensor:
+    if score_norm == "l2_norm_gelu":
+        tau = scale if isinstance(scale, Tensor) else torch.full((1,), scale, dtype=torch.float64, device=x.device)
+        x_TD = x.reshape(-1, x.shape[-1])
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, keys, values, tau))
+        out_TD = _L2NormGELU.apply(x_TD, keys, values, tau) if needs_grad else _forward(x_TD, keys, values, tau)[0]
+        return out_TD.view(*x.shape[:-1], values.shape[-1])
+    scores = x @ keys.T  # (..., N)
+    if score_norm == "softmax":
+        weights = scores.softmax(-1) * scale  # subtracts the row's maximum, so it can't overflow
+    else:
+        weights = F.gelu(scores)
+        weights = weights * _row_factor(weights, scale)
+    return weights.to(values.dtype) @ values
+
+
+def _row_factor(rows: Tensor, scale: Tensor | float) -> Tensor:
+    """tau / |row|, shape (..., 1), at least float32; 0 (not infinite) where a row is all zero."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    # On the CPU a wide norm of bfloat16 copies all rows to float32 first; its own kernel sums in float32 anyway.
+    sum_in = None if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" else wide
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=sum_in).to(wide)
+    scale = scale.to(wide) if isinstance(scale, Tensor) else scale
+    return torch.where(norm > 0, scale / torch.where(norm > 0, norm, 1), 0)
+
+
+def _forward(x: Tensor, keys: Tensor, values: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(out (T, D_out), z (T, N) the GELU's input, factor (T, 1) = tau / |A|). Allocates one T x N buffer, z."""
+    T, N = x.shape[0], keys.shape[0]
+    z, out, factor = x.new_empty(T, N), x.new_empty(T, values.shape[1]), x.new_empty(T, 1)
+    # On the CPU a block of rows stays in the cache, and its GELU in memory that the allocator hands out again.
+    in_blocks = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    num_blocks = max(1, -(-T * N // CPU_BLOCK)) if in_blocks else 1
+    blocks = (t.tensor_split(num_blocks) for t in (x, z, out, factor))
+    for x_block, z_block, out_block, factor_block in zip(*blocks, strict=True):
+        torch.mm(x_block, keys.T, out=z_block)
+        # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU. The clamp keeps
+        # the factor of a tiny row finite in float16.
+        factor_block.copy_(_row_factor(z_block, tau).clamp_max(torch.finfo(z.dtype).max))
+        z_block.mul_(factor_block)
+        torch.mm(F.gelu(z_block), values, out=out_block)
+    return out, z, factor
+
+
+class _L2NormGELU(torch.autograd.Function):
+    """The fused operator. Keeps one T x N buffer (z) for the backward pass; GELU is computed again from it.
+
+    Backward (paper, App. A): with z = tau A / |A|, g = dL/dz and r = g . z per row,
+        dL/dA = (tau / |A|) (g - z r / tau^2),    dL/dtau = sum r / tau.
+    The factor tau / |A| belongs to a row, so it is applied to T x D matrices instead of T x N ones.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keys: Tensor, values: Tensor, tau: Tensor) -> Tensor:  # noqa: D102
+        out, z, factor = _forward(x, keys, values, tau)
+        ctx.save_for_backward(x, keys, values, tau, z, factor)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
+        x, keys, values, tau, z, factor = ctx.saved_tensors
+        needs_x, needs_keys, needs_values, needs_tau = ctx.needs_input_grad
+        num_tokens = keys.shape[0]
+        grad_x = grad_keys = grad_tau = None
+        weights = F.gelu(z) if needs_values else torch.empty_like(z)
+        grad_values = weights.T @ grad_out if needs_values else None
+        if needs_x or needs_keys or needs_tau:
+            grad = torch.mm(grad_out, values.T, out=weights)  # (T, N) dL/dweights, from here on changed in place
+            torch.ops.aten.gelu_backward.grad_input(grad, z, grad_input=grad)  # dL/dz
+            # r / N as a batch of dot products: no T x N temporary, and dividing by N keeps it in float16's range.
+            zero = grad.new_zeros(())
+            r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2)
+            wide = torch.promote_types(z.dtype, torch.float32)
+            tau_wide = tau.to(wide)
+            if needs_tau:
+                grad_tau = (r.to(wide).sum() * num_tokens / tau_wide).to(tau.dtype).view_as(tau)
+            grad.addcmul_(z, (r.to(wide) * (-num_tokens / tau_wide**2)).to(z.dtype))  # |A| / tau * dL/dA
+            grad_x = (grad @ keys).mul_(factor) if needs_x else None
+            grad_keys = grad.T @ (x * factor) if needs_keys else None
+        return grad_x, grad_keys, grad_values, grad_tau
+
+
+class TokenSegment(nn.Module):
+    """Parameter tokens that were added together: ``keys`` (N, D_in) and ``values`` (N, D_out).
+
+    Calling it returns both. A module that is called (and not just read) can be sharded on its own.
+    """
+
+    def __init__(self, num_tokens: int, in_features: int, out_features: int, **factory: Any) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(torch.empty(num_tokens, in_features, **factory))
+        self.values = nn.Parameter(torch.empty(num_tokens, out_features, **factory))
+
+    def forward(self) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return self.keys, self.values
+
+
+class Pattention(nn.Module):
+    """A projection D_in -> D_out by attention over N parameter tokens; drop-in for ``nn.Linear`` without bias.
+
+    The tokens are a list of segments. Growing appends one and leaves the others alone, optimizer state included. The
+    state dict holds ``tau`` (one element, always float64) and ``segments.{i}.keys|values``; loading one with another
+    number of segments changes the layer to match, so a grown checkpoint needs no other knowledge.
+
+    Args:
+        in_features: D_in.
+        out_features: D_out.
+        num_tokens: N at construction.
+        score_norm: see :func:`pattention`.
+        scale: what tau does: ``fixed`` at its value for the N at construction; ``learned``, that value times
+            exp(10 * ``tau_gain``) with one trained scalar; ``current`` follows N (the released code; not exact when
+            the layer grows).
+        key_std: standard deviation of the normal initialisation of keys.
+        value_std: the same for values. Default: the one that gives outputs an RMS of 0.1, whatever N is.
+
+    Raises:
+        ValueError: for fewer than one token or an unknown ``score_norm`` or ``scale``.
+    """
+
+    tau: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_tokens: int,
+        score_norm: ScoreNorm = "l2_norm_gelu",
+        scale: TauMode = "fixed",
+        key_std: float = 0.02,
+        value_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens={num_tokens}: a Pattention needs at least one parameter token")
+        if score_norm not in WEIGHT_SECOND_MOMENT:
+            raise ValueError(f"score_norm={score_norm!r}: choose one of {', '.join(WEIGHT_SECOND_MOMENT)}")
+        if scale not in ("fixed", "learned", "current"):
+            raise ValueError(f"scale={scale!r}: choose fixed, learned or current")
+        self.in_features, self.out_features = in_features, out_features
+        self.score_norm: ScoreNorm = score_norm
+        self.scale: TauMode = scale
+        self.key_std = key_std
+        self.value_std = value_std_for_rms(0.1, num_tokens, score_norm) if value_std is None else value_std
+        self.segments = nn.ModuleList([TokenSegment(num_tokens, in_features, out_features)])
+        self.register_buffer("tau", torch.empty(1, dtype=torch.float64))
+        self.tau_gain = nn.Parameter(torch.empty(1)) if scale == "learned" else None
+        self.reset_parameters()
+
+    @property
+    def num_tokens(self) -> int:
+        """N, over all segments."""
+        return sum(segment.keys.shape[0] for segment in self.segments)  # type: ignore[union-attr, misc]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Keys N(0, key_std), values N(0, value_std), tau its default for the present N, ``tau_gain`` 0."""
+        for segment in self.segments:
+            nn.init.normal_(segment.keys, std=self.key_std)  # type: ignore[arg-type]
+            nn.init.normal_(segment.values, std=self.value_std)  # type: ignore[arg-type]
+        self.tau.fill_(default_tau(self.num_tokens, self.score_norm))
+        if self.tau_gain is not None:
+            nn.init.zeros_(self.tau_gain)
+
+    @torch.no_grad()
+    def append_tokens(self, num_tokens: int, generator: torch.Generator | None = None) -> None:
+        """Append ``num_tokens`` parameter tokens, keys zero and values N(0, value_std), as a new segment.
+
+        With the L2 kinds and a tau that is not ``current`` the layer's function does not change (paper, App. B): new
+        scores are 0, the norm stays, GELU(0) = 0. Values must not be zero too, or neither would ever get a gradient.
+
+        Args:
+            num_tokens: how many, at least 1.
+            generator: a CPU generator for the values, so that every process and every resume draws the same ones.
+
+        Raises:
+            ValueError: for fewer than one token.
+        """
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens={num_tokens}: append at least one parameter token")
+        first = self.segments[0].keys
+        new = TokenSegment(num_tokens, self.in_features, self.out_features, device=first.device, dtype=first.dtype)
+        nn.init.zeros_(new.keys)
+        new.values.copy_(torch.randn(new.values.shape, generator=generator) * self.value_std)
+        self.segments.append(new)
+        if self.scale == "current":
+            self.tau.fill_(default_tau(self.num_tokens, self.score_norm))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D_in) -> (..., D_out)."""
+        segments = [segment() for segment in self.segments]
+        if len(segments) == 1:
+            keys, values = segments[0]
+        else:
+            keys, values = (torch.cat(parts) for parts in zip(*segments, strict=True))
+        tau = self.tau if self.tau_gain is None else self.tau * torch.exp(TAU_GAIN_RATE * self.tau_gain)
+        return pattention(x, keys, values, tau, self.score_norm)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return (
+            f"{self.in_features}, {self.out_features}, num_tokens={self.num_tokens}, "
+            f"score_norm={self.score_norm}, scale={self.scale}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Pattention":
+        # `.half()` or `.bfloat16()` must not round tau: it stays in float64 (float32 where the device has none).
+        before = self.tau
+        super()._apply(fn, recurse)
+        wide = torch.float32 if self.tau.device.type == "mps" else torch.float64
+        source = self.tau if before.is_meta else before
+        self.tau = source.to(device=self.tau.device, dtype=wide)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        sizes: list[int] = []
+        while (key := f"{prefix}segments.{len(sizes)}.keys") in state_dict:
+            sizes.append(state_dict[key].shape[0])
+        if sizes and sizes != [segment.keys.shape[0] for segment in self.segments]:  # type: ignore[union-attr, misc]
+            first = self.segments[0].keys
+            factory = {"device": first.device, "dtype": first.dtype}
+            self.segments = nn.ModuleList(
+                TokenSegment(n, self.in_features, self.out_features, **factory) for n in sizes
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def value_std_for_rms(rms: float, num_tokens: int, score_norm: ScoreNorm = "l2_norm_gelu") -> float:
+    """The std of value tokens that gives a Pattention's output this RMS at initialisation, whatever N is."""
+    return rms / math.sqrt(WEIGHT_SECOND_MOMENT[score_norm] * num_tokens)
