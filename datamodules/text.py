@@ -1,0 +1,301 @@
+"""TextDataModule: documents to batches of token sequences. B batch, T sequence length."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from datamodules.sampler import sample_at
+from datamodules.sources import HuggingFace, Source, TextFormat, open_source
+from datamodules.tokenizer import Tokenizer, load_tokenizer
+from datamodules.tokens import TokenFile, prepare, read_metadata
+
+IGNORE = -100  # a target that the loss passes over
+VAL_SPLITS = ("validation", "val", "valid", "dev")
+
+Batch = tuple[Tensor, Tensor]  # input_ids (B, T), targets (B, T): the ids one place further on
+
+
+class TextDataModule(LightningDataModule):
+    """Text for causal language models: tokenizes once, then serves sequences from a memory-mapped file.
+
+    Args:
+        source: training documents: stdlib (Python's own standard library), .txt/.jsonl/.parquet files or globs, or
+            hf:NAME[:CONFIG][@SPLIT], a Hugging Face dataset of the hub or a local folder of one.
+        val_source: validation documents. Default: the dataset's own validation split, or `val_fraction` of the
+            documents of `source`.
+        test_source: test documents. Default: the dataset's own test split; without one, `test` runs on validation.
+        tokenizer: bytes, the path of a tokenizer.json, hub:NAME, or bpe (trained on the corpus).
+        bpe_vocab_size: size of the vocabulary that `bpe` trains.
+        seq_len: tokens of a training sequence, T.
+        batch_size: sequences of a batch on each device, B.
+        val_fraction: share of the documents to hold out when there is no validation split.
+        text_field: column with the text in .jsonl, .parquet and Hugging Face rows.
+        document_separator: string between the documents of a .txt file. Default: a file is one document.
+        streaming: read a Hugging Face dataset without downloading it first.
+        cache_dir: token files go into a folder of their own in here.
+        num_workers: processes that load batches; 0 is enough unless the disk is slow.
+        num_processes: processes that tokenize. Default: one a core.
+        seed: of the order of samples.
+        predict_file: a text file for `tokenformer predict`.
+
+    Raises:
+        ValueError: in `prepare_data` or `setup`, for missing files, an empty corpus, text shorter than a sequence, or
+            token files that were made from something else.
+    """
+
+    def __init__(
+        self,
+        source: str | list[str] = "stdlib",
+        val_source: str | list[str] | None = None,
+        test_source: str | list[str] | None = None,
+        tokenizer: str = "bytes",
+        bpe_vocab_size: int = 8192,
+        seq_len: int = 1024,
+        batch_size: int = 8,
+        val_fraction: float = 0.05,
+        text_field: str = "text",
+        document_separator: str | None = None,
+        streaming: bool = False,
+        cache_dir: str = "data",
+        num_workers: int = 0,
+        num_processes: int | None = None,
+        seed: int = 0,
+        predict_file: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if value < least:
+                raise ValueError(f"data.{name}={value}: must be at least {least}")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1")
+        self.source, self.val_source, self.test_source = source, val_source, test_source
+        self.tokenizer_name, self.bpe_vocab_size = tokenizer, bpe_vocab_size
+        self.seq_len, self.batch_size, self.val_fraction = seq_len, batch_size, val_fraction
+        self.form = TextFormat(text_field, document_separator, streaming)
+        self.cache_dir, self.num_workers, self.seed = Path(cache_dir), num_workers, seed
+        self.num_processes = num_processes or os.cpu_count() or 1
+        self.predict_file = predict_file
+        # Known before anything is read, since the model's embedding is built from it.
+        self.vocab_size = bpe_vocab_size if tokenizer == "bpe" else load_tokenizer(tokenizer).vocab_size
+
+    @property
+    def folder(self) -> Path:
+        """Where the tokens are: a name to recognise, and a hash of all settings that they depend on."""
+        settings = [self.source, self.val_source, self.test_source, self.tokenizer_name, self.val_fraction]
+        settings += [self.form.text_field, self.form.document_separator]
+        settings += [self.bpe_vocab_size] if self.tokenizer_name == "bpe" else []
+        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+        first = self.source if isinstance(self.source, str) else self.source[0]
+        words = (Path(first).stem, Path(self.tokenizer_name).parent.name or self.tokenizer_name)
+        return self.cache_dir / re.sub(r"[^\w.-]+", "-", "-".join((*words, digest)))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the prepared tokens."""
+        saved = self.folder / "tokenizer.json"
+        return load_tokenizer(str(saved) if saved.exists() else self.tokenizer_name)
+
+    def sources(self) -> dict[str, Source]:
+        """The source of each split that has one of its own."""
+        sources = {"train": open_source(self.source, self.form)}
+        own = sources["train"].splits() if isinstance(sources["train"], HuggingFace) else []
+        for split, given, names in (("val", self.val_source, VAL_SPLITS), ("test", self.test_source, ("test",))):
+            found = [name for name in names if name in own]
+            if given is not None:
+                sources[split] = open_source(given, self.form)
+            elif found and isinstance(self.source, str):
+                sources[split] = open_source(f"{self.source.partition('@')[0]}@{found[0]}", self.form)
+        return sources
+
+    def prepare_data(self) -> None:
+        """Tokenize, unless it is done already."""
+        prepare(
+            self.folder,
+            self.sources(),
+            self.tokenizer_name,
+            bpe_vocab_size=self.bpe_vocab_size,
+            val_fraction=self.val_fraction,
+            num_processes=self.num_processes,
+        )
+
+    def setup(self, stage: str) -> None:
+        """Open the token files and check that they are long enough."""
+        if stage == "predict":
+            self.predict_ids = self._encode_predict_file()
+            return
+        self.train, self.val = TokenFile(self.folder, "train"), TokenFile(self.folder, "val")
+        has_test = "test" in read_metadata(self.folder)["splits"]
+        self.test = TokenFile(self.folder, "test") if has_test else self.val
+        if stage == "fit" and len(self.train.ids) <= self.seq_len:
+            raise ValueError(
+                f"the training text has {len(self.train.ids)} tokens, data.seq_len={self.seq_len} needs at least "
+                f"{self.seq_len + 1}: give more text or a smaller seq_len"
+            )
+
+    def _encode_predict_file(self) -> NDArray[np.int64]:
+        if self.predict_file is None:
+            raise ValueError("predict needs a text: give --data.predict_file FILE")
+        path = Path(self.predict_file)
+        if not path.is_file():
+            raise ValueError(f"data.predict_file={self.predict_file!r}: no such file (in {Path.cwd()})")
+        tokenizer = self.tokenizer
+        ids = tokenizer.encode_batch([path.read_text(encoding="utf-8", errors="replace")])[0]
+        if not ids:
+            raise ValueError(f"data.predict_file={self.predict_file!r}: is empty")
+        return np.array([tokenizer.end_of_text, *ids])  # a document begins after the end of another
+
+    def train_dataloader(self) -> "TrainLoader":
+        """This rank's share of the shuffled stream."""
+        rank, world_size, accumulate = 0, 1, 1
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            accumulate = self.trainer.accumulate_grad_batches
+        return TrainLoader(
+            self.train.ids,
+            seq_len=self.seq_len,
+            batch_size=self.batch_size,
+            rank=rank,
+            world_size=world_size,
+            accumulate=accumulate,
+            seed=self.seed,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Every token of the validation split once."""
+        return self._in_order(self.val.ids)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Every token of the test split once."""
+        return self._in_order(self.test.ids)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Every token of `predict_file` once."""
+        return self._in_order(self.predict_ids)
+
+    def _in_order(self, ids: NDArray[Any]) -> DataLoader[Batch]:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        batches = OrderedBatches(ids, self.seq_len, self.batch_size, rank, world_size)
+        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
+
+
+class TrainLoader(DataLoader[Batch]):
+    """The shuffled stream of sequences. Its state is one integer: how many sequences all ranks have had.
+
+    A sample is seq_len + 1 tokens, and the next begins at its last one. Every epoch of the stream holds each sample
+    once, and batches run over from one epoch into the next, so no sample is lost or comes twice, whatever the number
+    of ranks and workers. `len` is the number of batches after which each sample has come at least once.
+    """
+
+    def __init__(
+        self,
+        ids: NDArray[Any],
+        *,
+        seq_len: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        self._stream = _Stream(ids, seq_len, batch_size, rank, world_size, seed)
+        per_step = self._stream.global_batch * accumulate  # whole steps: no accumulation is cut short
+        self._length = -(-self._stream.num_samples // per_step) * accumulate
+        super().__init__(
+            self._stream, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available()
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        batches_done = self._stream.position // self._stream.global_batch
+        remaining = self._length - batches_done % self._length
+        for _, batch in zip(range(remaining), super().__iter__(), strict=False):
+            self._stream.position += self._stream.global_batch  # counts what was handed out, not what was prefetched
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the stream."""
+        return {"position": self._stream.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a position, with any number of ranks and any batch size."""
+        self._stream.position = state["position"]
+
+
+class _Stream(IterableDataset[Batch]):
+    """Batches from `position` on, without end; worker w of W takes every W-th."""
+
+    def __init__(
+        self, ids: NDArray[Any], seq_len: int, batch_size: int, rank: int, world_size: int, seed: int
+    ) -> None:
+        self.ids, self.seq_len, self.batch_size, self.rank, self.seed = ids, seq_len, batch_size, rank, seed
+        self.num_samples = (len(ids) - 1) // seq_len
+        self.global_batch = batch_size * world_size
+        self.position = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers: a memory-mapped file travels as its name, not as its contents."""
+        mapped = (self.ids.filename, self.ids.dtype) if isinstance(self.ids, np.memmap) else None
+        return self.__dict__ | ({"ids": None, "mapped": mapped} if mapped else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        mapped = state.pop("mapped", None)
+        self.__dict__.update(state)
+        if mapped:
+            self.ids = np.memmap(mapped[0], dtype=mapped[1], mode="r")
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        skip, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        start = self.position + self.rank * self.batch_size + skip * self.global_batch
+        offsets = np.arange(self.seq_len + 1)
+        while True:
+            positions = np.arange(start, start + self.batch_size)
+            samples = sample_at(positions, self.num_samples, self.seed)
+            tokens = self.ids[samples[:, None] * self.seq_len + offsets].astype(np.int64)  # (B, T + 1)
+            sequences = torch.from_numpy(tokens)
+            yield sequences[:, :-1], sequences[:, 1:]
+            start += stride * self.global_batch
+
+
+class OrderedBatches(IterableDataset[Batch]):
+    """All windows of a text in order, each token a target exactly once over all ranks.
+
+    Every rank gets the same number of equally shaped batches, as collective operations need; what is only there to
+    fill up has the target IGNORE.
+    """
+
+    def __init__(self, ids: NDArray[Any], seq_len: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.ids, self.seq_len, self.batch_size = ids, seq_len, batch_size
+        self.rank, self.global_batch = rank, batch_size * world_size
+        self.num_windows = -(-(len(ids) - 1) // seq_len)
+
+    def __len__(self) -> int:
+        return -(-self.num_windows // self.global_batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in range(len(self)):
+            first = batch * self.global_batch + self.rank * self.batch_size
+            inputs = torch.zeros(self.batch_size, self.seq_len, dtype=torch.long)
+            targets = torch.full_like(inputs, IGNORE)
+            for row in range(self.batch_size):
+                start = (first + row) * self.seq_len
+                window = torch.from_numpy(self.ids[start : start + self.seq_len + 1].astype(np.int64))
+                if len(window) > 1:
+                    inputs[row, : len(window) - 1] = window[:-1]
+                    targets[row, : len(window) - 1] = window[1:]
+            yield inputs, targets

@@ -1,0 +1,112 @@
+"""Text to token ids and back: bytes, any `tokenizer.json`, or a BPE trained on the corpus."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+
+
+class Tokenizer(Protocol):
+    """What the data pipeline needs of a tokenizer."""
+
+    vocab_size: int
+    end_of_text: int
+    fingerprint: str
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids; what is no text is replaced."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes: 256 ids and one more for the end of a text."""
+
+    vocab_size = 257
+    end_of_text = 256
+    fingerprint = "bytes"
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:  # noqa: D102
+        return [list(text.encode("utf-8", errors="replace")) for text in texts]
+
+    def decode(self, ids: list[int]) -> str:  # noqa: D102
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class JSONTokenizer:
+    """A Hugging Face `tokenizer.json`. A special token's name within a text is encoded as ordinary text.
+
+    Raises:
+        ValueError: when no end-of-text token is found.
+    """
+
+    def __init__(self, tokenizer: HFTokenizer, name: str) -> None:
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        vocab = tokenizer.get_vocab()
+        found = [token for token in END_OF_TEXT_NAMES if token in vocab]
+        if not found:
+            raise ValueError(f"tokenizer {name}: has none of the end-of-text tokens {', '.join(END_OF_TEXT_NAMES)}")
+        self.end_of_text = vocab[found[0]]
+        self.vocab_size = max(vocab.values()) + 1
+        self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:  # noqa: D102
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:  # noqa: D102
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def save(self, path: Path) -> None:
+        """Write the `tokenizer.json`."""
+        self._tokenizer.save(str(path))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """`bytes`, the path of a `tokenizer.json`, or `hub:NAME` for one on the Hugging Face hub.
+
+    Raises:
+        ValueError: for anything else, or a file that is no tokenizer.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    if not name.startswith("hub:") and not Path(name).is_file():
+        raise ValueError(f"data.tokenizer={name!r}: no such file; give bytes, bpe, hub:NAME or a tokenizer.json")
+    try:
+        if name.startswith("hub:"):
+            return JSONTokenizer(HFTokenizer.from_pretrained(name.removeprefix("hub:")), name)
+        return JSONTokenizer(HFTokenizer.from_file(name), name)
+    except ValueError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"data.tokenizer={name!r}: not a tokenizer.json, or not to be had: {error}") from error
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> JSONTokenizer:
+    """A byte-level BPE like GPT-2's, trained on texts.
+
+    Raises:
+        ValueError: for a vocabulary too small to hold the 256 bytes and the end of text.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"data.bpe_vocab_size={vocab_size}: needs at least 257, the bytes and the end of text")
+    tokenizer = HFTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return JSONTokenizer(tokenizer, "bpe")

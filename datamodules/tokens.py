@@ -1,0 +1,280 @@
+"""Token files: written once, memory-mapped ever after.
+
+A folder holds `train.bin`, `val.bin` (and `test.bin`): the ids of all documents, each followed by the end-of-text id,
+as little-endian uint16 or uint32; `tokenizer.json` unless the tokens are bytes; and `metadata.json`. The folder is
+written under another name and renamed when whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from datamodules.sources import Source
+from datamodules.tokenizer import JSONTokenizer, Tokenizer, load_tokenizer, train_bpe
+
+FORMAT = 1
+BATCH_CHARACTERS = 2**20  # text that one process encodes at a time
+
+
+@dataclass
+class Split:
+    """One token file: what it holds.
+
+    Attributes:
+        tokens: ids, the end-of-text ones too.
+        documents: documents.
+        bytes: UTF-8 bytes of their text; bits per byte are counted on these.
+    """
+
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0
+
+
+class TokenFile:
+    """One split of a token folder, memory-mapped.
+
+    Attributes:
+        ids: all token ids, (tokens,), uint16 or uint32, not yet read from disk.
+        split: counts.
+
+    Raises:
+        ValueError: when the folder is missing, half-written or damaged.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        metadata = read_metadata(folder)
+        path = folder / f"{split}.bin"
+        if split not in metadata["splits"]:
+            raise ValueError(f"token folder {folder} has no split {split!r}, but {', '.join(metadata['splits'])}")
+        self.split = Split(**metadata["splits"][split])
+        dtype = np.dtype(metadata["dtype"]).newbyteorder("<")
+        expected = self.split.tokens * dtype.itemsize
+        actual = path.stat().st_size if path.exists() else 0
+        if actual != expected:
+            raise ValueError(
+                f"token file {path} has {actual} bytes instead of {expected}: half-written or damaged; "
+                f"delete {folder} and run `tokenformer prepare` again"
+            )
+        self.ids: NDArray[Any] = np.memmap(path, dtype=dtype, mode="r")
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """`metadata.json` of a token folder.
+
+    Raises:
+        ValueError: when it is missing (the folder is half-written) or of another format.
+    """
+    path = folder / "metadata.json"
+    if not path.is_file():
+        raise ValueError(
+            f"token folder {folder} has no metadata.json: it is half-written or not a token folder; "
+            "delete it and run `tokenformer prepare` again"
+        )
+    try:
+        metadata = json.loads(path.read_text())
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"{path} has format {metadata['format']}, not {FORMAT}: delete {folder} and prepare again")
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: delete {folder} and run `tokenformer prepare` again") from error
+    return dict(metadata)
+
+
+def prepare(
+    folder: Path,
+    sources: dict[str, Source],
+    tokenizer_name: str,
+    *,
+    bpe_vocab_size: int,
+    val_fraction: float,
+    num_processes: int,
+) -> None:
+    """Tokenize sources into a token folder, or check that the folder there was made from them.
+
+    Without a `val` source, documents are held out by the hash of their text: the same text is never on both sides.
+
+    Args:
+        folder: where the tokens go.
+        sources: `train`, and if there are any `val` and `test`.
+        tokenizer_name: see :func:`load_tokenizer`; `bpe` trains one on the training documents.
+        bpe_vocab_size: its size.
+        val_fraction: share of documents to hold out when there is no `val` source.
+        num_processes: processes that encode.
+
+    Raises:
+        ValueError: when the folder is half-written or was made from something else, or a split would be empty.
+    """
+    held_out = 0.0 if "val" in sources else val_fraction
+    recipe = {
+        "sources": {split: source.fingerprint() for split, source in sources.items()},
+        "tokenizer": tokenizer_name if tokenizer_name == "bpe" else load_tokenizer(tokenizer_name).fingerprint,
+        "bpe_vocab_size": bpe_vocab_size if tokenizer_name == "bpe" else None,
+        "val_fraction": held_out,
+    }
+    if folder.exists():
+        made_from = read_metadata(folder)["recipe"]
+        if differences := [key for key in recipe if recipe[key] != made_from.get(key)]:
+            shown = "; ".join(f"{key}: {made_from.get(key)} then, {recipe[key]} now" for key in differences)
+            raise ValueError(f"token folder {folder} was made from other data ({shown}); delete it to tokenize again")
+        return
+
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        _write(partial, sources, tokenizer_name, bpe_vocab_size, held_out, num_processes, recipe)
+        try:
+            partial.rename(folder)
+        except OSError:  # another run was faster; its folder was made from the same recipe or is refused
+            prepare(
+                folder,
+                sources,
+                tokenizer_name,
+                bpe_vocab_size=bpe_vocab_size,
+                val_fraction=val_fraction,
+                num_processes=num_processes,
+            )
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(
+    folder: Path,
+    sources: dict[str, Source],
+    tokenizer_name: str,
+    bpe_vocab_size: int,
+    held_out: float,
+    num_processes: int,
+    recipe: dict[str, Any],
+) -> None:
+    if tokenizer_name == "bpe":
+        training = (text for split, text in _documents(sources, held_out) if split == "train")
+        tokenizer: Tokenizer = train_bpe(training, bpe_vocab_size)
+    else:
+        tokenizer = load_tokenizer(tokenizer_name)
+    if isinstance(tokenizer, JSONTokenizer):
+        tokenizer.save(folder / "tokenizer.json")
+        tokenizer_name = str(folder / "tokenizer.json")
+
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    names = ["train", "val", *(["test"] if "test" in sources else [])]
+    splits = {name: Split() for name in names}
+    files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in names}
+    batches = _batches(_documents(sources, held_out))
+    with tqdm(desc="tokenizing", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        for name, num_documents, num_bytes, ids in _encode_all(batches, tokenizer_name, dtype, num_processes):
+            files[name].write(ids)
+            counts = splits[name]
+            counts.tokens += len(ids) // dtype.itemsize
+            counts.documents += num_documents
+            counts.bytes += num_bytes
+            bar.update(num_bytes)
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+
+    total = sum(counts.documents for counts in splits.values())
+    for name, counts in splits.items():
+        if counts.documents == 0 and name == "val" and "val" not in sources:
+            raise ValueError(
+                f"data.val_fraction={held_out} of {total} documents leaves none for validation: give data.val_source, "
+                "a larger data.val_fraction, or data.document_separator if a .txt file holds several documents"
+            )
+        if counts.documents == 0:
+            raise ValueError(f"the {name} split is empty: its source has no document with text")
+    metadata = {
+        "format": FORMAT,
+        "dtype": dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "splits": {name: asdict(counts) for name, counts in splits.items()},
+        "recipe": recipe,
+    }
+    (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+
+
+def _documents(sources: dict[str, Source], held_out: float) -> Iterator[tuple[str, str]]:
+    """(split, text) of every document that has any text."""
+    for name, source in sources.items():
+        for text in source.documents():
+            if text.strip():
+                yield "val" if name == "train" and _hash(text) < held_out else name, text
+
+
+def _hash(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    digest = hashlib.blake2b(text.encode("utf-8", errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+    """(split, texts) with about BATCH_CHARACTERS characters."""
+    waiting: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    for split, text in documents:
+        waiting.setdefault(split, []).append(text)
+        sizes[split] = sizes.get(split, 0) + len(text)
+        if sizes[split] >= BATCH_CHARACTERS:
+            sizes[split] = 0
+            yield split, waiting.pop(split)
+    yield from waiting.items()
+
+
+Encoded = tuple[str, int, int, bytes]  # split, documents, bytes of text, ids
+
+
+def _encode_all(
+    batches: Iterator[tuple[str, list[str]]], tokenizer_name: str, dtype: np.dtype[Any], num_processes: int
+) -> Iterator[Encoded]:
+    """Encode batches, in order; a few batches per process are under way at a time, so that memory stays bounded."""
+    first = list(_take(batches, 2))
+    if num_processes == 1 or len(first) < 2:  # starting processes would take longer
+        _start_worker(tokenizer_name, dtype)
+        for batch in [*first, *batches]:
+            yield _encode(*batch)
+        return
+    with ProcessPoolExecutor(num_processes, get_context("spawn"), _start_worker, (tokenizer_name, dtype)) as pool:
+        under_way = deque(pool.submit(_encode, *batch) for batch in first)
+        for batch in batches:
+            if len(under_way) >= 4 * num_processes:
+                yield under_way.popleft().result()
+            under_way.append(pool.submit(_encode, *batch))
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def _take(items: Iterator[Any], count: int) -> Iterator[Any]:
+    for _, item in zip(range(count), items, strict=False):
+        yield item
+
+
+_worker: tuple[Tokenizer, np.dtype[Any]]
+
+
+def _start_worker(tokenizer_name: str, dtype: np.dtype[Any]) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
+    _worker = load_tokenizer(tokenizer_name), dtype
+
+
+def _encode(split: str, texts: list[str]) -> Encoded:
+    tokenizer, dtype = _worker
+    ids: list[int] = []
+    for encoded in tokenizer.encode_batch(texts):
+        ids += encoded
+        ids.append(tokenizer.end_of_text)
+    num_bytes = sum(len(text.encode("utf-8", errors="replace")) for text in texts)
+    return split, len(texts), num_bytes, np.array(ids, dtype=dtype).tobytes()

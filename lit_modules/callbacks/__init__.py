@@ -1,0 +1,23 @@
+"""Callbacks, one idea a file."""
+
+from lit_modules.callbacks.checkpoint import Checkpoint
+from lit_modules.callbacks.compression import CompressionBaseline
+from lit_modules.callbacks.ema import EMA
+from lit_modules.callbacks.loss_curve import LossCurve
+from lit_modules.callbacks.predictions import PredictionWriter
+from lit_modules.callbacks.progress import Progress
+from lit_modules.callbacks.sample import SampleText
+from lit_modules.callbacks.summary import Summary
+from lit_modules.callbacks.throughput import Throughput
+
+__all__ = [
+    "EMA",
+    "Checkpoint",
+    "CompressionBaseline",
+    "LossCurve",
+    "PredictionWriter",
+    "Progress",
+    "SampleText",
+    "Summary",
+    "Throughput",
+]

@@ -1,0 +1,56 @@
+"""Checkpoints that are whole or not there, and the newest whole one."""
+
+import os
+import warnings
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class Checkpoint(ModelCheckpoint):
+    """ModelCheckpoint that also saves at the last step, whatever `every_n_train_steps` is."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: D102
+        super().on_train_batch_end(trainer, pl_module, *args)
+        if trainer.global_step == trainer.max_steps and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames: a kill while saving leaves the old file, or none, but never half of one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:  # noqa: D102
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def newest_whole(paths: Iterable[Path]) -> Path | None:
+    """The newest checkpoint file that is undamaged; damaged newer ones are passed over with a warning."""
+    for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        if problem := damage(path):
+            warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=2)
+        else:
+            return path
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, by its zip directory and checksums; None if nothing is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        return f"truncated or not a checkpoint ({error})"
+    return f"its part {broken} is damaged" if broken else None

@@ -1,0 +1,61 @@
+"""What a run ends with: the best validation loss, where things are, what to type next."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class Summary(Callback):
+    """Prints the size of the model before training and a short summary after it.
+
+    Args:
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+        self.best: tuple[float, int] | None = None  # validation loss, step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        rank_zero_info(f"{trained:,} parameters, run folder {self.run_dir}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
+            return
+        loss = float(trainer.callback_metrics["val/loss"])
+        if self.best is None or loss < self.best[0]:
+            self.best = (loss, trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        lines = [f"\nfinished at step {trainer.global_step} of {trainer.max_steps}"]
+        if self.best is not None:
+            lines.append(f"best validation loss {self.best[0]:.4f} nats a token, at step {self.best[1]}")
+        saved = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path]
+        for callback in saved:
+            lines.append(f"checkpoint ({callback.monitor}): {shorten(callback.best_model_path)}")
+        if saved:
+            config = f"{shorten(self.run_dir)}/config.yaml"
+            best = shorten(saved[-1].best_model_path)
+            lines += [
+                "next:",
+                f"  tokenformer validate --config {config} --ckpt_path {best}",
+                f"  tokenformer predict --config {config} --ckpt_path {best} --data.predict_file FILE",
+                f"  tensorboard --logdir {shorten(Path(self.run_dir).parent)}",
+            ]
+        rank_zero_info("\n".join(lines))
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self.best = state_dict["best"]
+
+
+def shorten(path: str | Path) -> str:
+    """A path relative to the working directory where it lies inside, to be read and copied."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

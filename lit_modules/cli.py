@@ -1,0 +1,60 @@
+"""The command line: `tokenformer COMMAND --config FILE [--KEY VALUE ...]`, on LightningCLI.
+
+Nothing heavy is imported at the top, so that `tokenformer --help` answers at once.
+"""
+
+import os
+import sys
+
+HELP = """usage: tokenformer COMMAND --config FILE [--KEY VALUE ...]
+
+Train TokenFormers, in which every linear projection is attention to learnable parameter tokens.
+
+commands:
+  fit        train                    tokenformer fit --config configs/language/quickstart.yaml
+  validate   loss on validation data  tokenformer validate --config FILE --ckpt_path last
+  test       loss on test data        tokenformer test --config FILE --ckpt_path last
+  predict    loss of each token of a text file, into a CSV
+                                      tokenformer predict --config FILE --ckpt_path last --data.predict_file TEXT
+  prepare    tokenize the data and stop
+                                      tokenformer prepare --config FILE
+
+Any key of a config can be given on the command line and wins over the file:
+  tokenformer fit --config FILE --trainer.max_steps 1000 --model.optim.lr 3e-4 --data.batch_size 4
+Go on with the newest whole checkpoint of an experiment:
+  tokenformer fit --config FILE --ckpt_path last
+
+  tokenformer COMMAND --help           all keys
+  tokenformer COMMAND --config FILE --print_config
+                                      the config with everything that was left to its default
+"""
+
+
+def console() -> None:
+    """The console script: `main`, with a user's mistake as one line instead of a traceback."""
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("TOKENFORMER_DEBUG"):
+            raise
+        sys.exit(f"error: {error}\n(TOKENFORMER_DEBUG=1 shows where)")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command; `args` default to the process's.
+
+    Raises:
+        SystemExit: for unknown commands and keys.
+        ValueError: for settings that can't work.
+    """
+    given = sys.argv[1:] if args is None else args
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return
+    from lit_modules.experiment import run
+
+    run(given)
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,184 @@
+"""An experiment from a config: LightningCLI with run folders of their own, resume that is exact, and clear errors."""
+
+import os
+import re
+import secrets
+import time
+import warnings
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import datamodules.text  # noqa: F401  (makes its class known by its short name)
+import lit_modules.language  # noqa: F401
+from lit_modules.callbacks import Checkpoint, PredictionWriter, Progress, Summary, Throughput
+from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, newest_whole
+from lit_modules.loggers import ResumableCSVLogger
+
+RUN_DIR_VARIABLE = "TOKENFORMER_RUN_DIR"  # how the processes of one run agree on its folder
+
+QUIET = (
+    ".*does not have many workers.*",  # batches are read from a memory-mapped file
+    ".*WeightAveraging callback with a model that overrides.*",
+    ".*exists and is not empty.*",  # a resumed run goes on in its folder
+    ".*`IterableDataset` has `__len__` defined.*",  # ours takes the workers into account
+)
+
+
+class Trainer(lightning.Trainer):
+    """Lightning's, with one more command."""
+
+    def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Tokenize the data and stop."""
+        datamodule.prepare_data()
+
+
+class ArgumentParser(LightningArgumentParser):
+    """Adds the nearest known name to the error about an unknown key."""
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: D102
+        found = re.search(r"[Kk]ey '([\w.]+)' is not expected|[Uu]nrecognized arguments: --([\w.]+)", message)
+        if found:
+            key = (found[1] or found[2]).rsplit(".", 1)[-1]
+            if near := get_close_matches(key, self._known_names(), n=1, cutoff=0.6):
+                message += f"\ndid you mean {near[0]!r}?"
+        super().error(message, *args, **kwargs)
+
+    def _known_names(self) -> list[str]:
+        from datamodules.text import TextDataModule
+        from lit_modules.language import LanguageModule
+        from lit_modules.optim import OptimConfig
+        from tokenformer import LMConfig
+
+        names = {action.dest for action in self._actions}
+        for known in (TextDataModule, LanguageModule, OptimConfig, LMConfig, lightning.Trainer):
+            names |= set(known.__init__.__annotations__)
+        return sorted({part for name in names for part in name.split(".")})
+
+
+class ExperimentCLI(LightningCLI):
+    """LightningCLI for this project's modules."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:  # noqa: D102
+        return LightningCLI.subcommands() | {"prepare": {"model", "datamodule"}}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:  # noqa: D102
+        parser = ArgumentParser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="a YAML file; of several, the later wins")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:  # noqa: D102
+        parser.add_argument("--name", type=str | None, help="of the experiment (default: the config file's)")
+        parser.add_argument("--run_dir", type=str | None, help="the run's folder (default: runs/NAME/DATE-TIME-RANDOM)")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(ModelCheckpoint, "best")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "step-{step:08d}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.every_n_train_steps": 1000,
+                "checkpoint.monitor": "step",
+                "checkpoint.mode": "max",
+                "checkpoint.save_top_k": 2,
+                "best.filename": "best-step-{step:08d}",
+                "best.auto_insert_metric_name": False,
+                "best.monitor": "val/loss",
+                "best.mode": "min",
+            }
+        )
+        parser.link_arguments("data.vocab_size", "model.init_args.config.vocab_size", apply_on="instantiate")
+        parser.link_arguments("data.init_args.seq_len", "model.init_args.config.max_seq_len")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config as the user gave it; Lightning would let the checkpoint's hyperparameters overrule it."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run's folder and the checkpoint to start from."""
+        config = self.config[self.config.subcommand]
+        name = config.name or (Path(str(config.config[-1])).stem if config.get("config") else "run")
+        experiment = Path(config.trainer.default_root_dir or "runs") / name
+        given = os.environ.get(RUN_DIR_VARIABLE) or config.run_dir
+        checkpoint = config.get("ckpt_path")
+        if checkpoint == "last":
+            checkpoint = _last_checkpoint(Path(given) if given else experiment, bool(given))
+            config.ckpt_path = str(checkpoint)
+        elif checkpoint is not None and not Path(checkpoint).exists():
+            raise ValueError(f"ckpt_path={checkpoint!r}: no such file; `last` takes the newest of {experiment}")
+        if self.config.subcommand == "prepare":
+            return
+        if given:
+            run_dir = Path(given)
+            resumes = checkpoint is not None and run_dir.resolve() in Path(checkpoint).resolve().parents
+            if (run_dir / "config.yaml").exists() and not resumes and RUN_DIR_VARIABLE not in os.environ:
+                raise ValueError(
+                    f"run_dir={given} holds a run already: go on with it by --ckpt_path last, or choose another"
+                )
+        elif checkpoint is not None and config.ckpt_path != checkpoint and self.config.subcommand == "fit":
+            run_dir = Path(checkpoint).parent.parent  # `last` goes on where the run is
+        else:
+            run_dir = _new_run_dir(experiment, self.config.subcommand)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        os.environ[RUN_DIR_VARIABLE] = str(run_dir)
+        self._run_dir = str(run_dir)
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:  # noqa: D102
+        config = self._get(self.config_init, "trainer")
+        if self.subcommand == "prepare":
+            return Trainer(logger=False, enable_checkpointing=False, barebones=True)
+        run_dir = self._run_dir
+        kwargs["default_root_dir"] = run_dir
+        if config.logger in (None, True) and not config.fast_dev_run:
+            tensorboard = TensorBoardLogger(run_dir, name="", version="")
+            kwargs["logger"] = [tensorboard, ResumableCSVLogger(run_dir)]
+        plugins = config.plugins or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        always = [Throughput(), Summary(run_dir), PredictionWriter()]
+        if config.enable_progress_bar is not False:
+            always.append(Progress())
+        config.callbacks = [*(config.callbacks or []), *always]
+        for key in ("checkpoint", "best"):
+            callback = self._get(self.config_init, key)
+            callback.dirpath = callback.dirpath or os.path.join(run_dir, "checkpoints")
+        return super().instantiate_trainer(**kwargs)
+
+
+def _last_checkpoint(folder: Path, is_run: bool) -> Path:
+    pattern = "checkpoints/*.ckpt" if is_run else "*/checkpoints/*.ckpt"
+    if (found := newest_whole(folder.glob(pattern))) is None:
+        raise ValueError(f"ckpt_path=last: there is no whole checkpoint in {folder}")
+    return found
+
+
+def _new_run_dir(experiment: Path, subcommand: str) -> Path:
+    """A folder that no other run has, even if it starts in the same second."""
+    suffix = "" if subcommand == "fit" else f"-{subcommand}"
+    return experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}{suffix}"
+
+
+def run(args: list[str]) -> None:
+    """Parse, build and run a command."""
+    for pattern in QUIET:
+        warnings.filterwarnings("ignore", pattern)
+    before = os.environ.get(RUN_DIR_VARIABLE)
+    try:
+        ExperimentCLI(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=Trainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            args=args,
+        )
+    finally:  # a second run in this process gets a folder of its own
+        if before is None:
+            os.environ.pop(RUN_DIR_VARIABLE, None)

@@ -1,0 +1,52 @@
+"""A CSV log that a resumed run continues."""
+
+import csv
+from pathlib import Path
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+
+class ResumableCSVLogger(CSVLogger):
+    """Writes `metrics.csv` into a folder and keeps the rows that are there.
+
+    Rows that a killed run wrote after the checkpoint that is resumed from are replaced by the new ones.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, name="", version="", flush_logs_every_n_steps=1)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:  # noqa: D102
+        if self._experiment is None:
+            self._experiment = _ResumingWriter(log_dir=self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+
+class _ResumingWriter(ExperimentWriter):
+    _old_rows: list[dict[str, str]] | None = None
+
+    def _check_log_dir_exists(self) -> None:
+        if Path(self.metrics_file_path).is_file():
+            with open(self.metrics_file_path, newline="") as file:
+                self._old_rows = list(csv.DictReader(file))
+
+    def save(self) -> None:
+        if self._old_rows and self.metrics:
+            first = min(row["step"] for row in self.metrics)
+            kept = [row for row in self._old_rows if int(row["step"]) < first]
+            self.metrics_keys = sorted(self._old_rows[0])
+            self._rewrite(kept)
+            self._old_rows = None
+        super().save()
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        with open(self.metrics_file_path, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
