@@ -14,6 +14,7 @@ if not __package__:  # run by its path: this folder, where operator.py hides the
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ def transcription(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def mlp(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The floor: the same two matrix products with a GELU between."""
     return F.gelu(x @ keys.T) @ values
+
+
+def step(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_out: Tensor) -> None:
+    """Forward and backward."""
+    torch.autograd.grad(function(*inputs), inputs, grad_out)
 
 
 def saved_bytes(function: Callable[..., Tensor], *inputs: Tensor) -> int:
@@ -70,17 +76,16 @@ def main() -> None:
         values = torch.randn(N, D, **factory).mul_(0.02).requires_grad_()
         grad_out = torch.randn(T, D, **factory)
 
-        def step(function: Callable[..., Tensor], inputs=(x, keys, values), grad=grad_out) -> None:
-            torch.autograd.grad(function(*inputs), inputs, grad)
-
-        seconds = time_in_turn({name: lambda f=f: step(f) for name, f in contenders.items()}, args.rounds)
+        inputs = (x, keys, values)
+        steps = {name: partial(step, function, inputs, grad_out) for name, function in contenders.items()}
+        seconds = time_in_turn(steps, args.rounds)
         row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "T": T, "D": D, "N": N}
         for peer in ("mlp", "transcription"):
             median, low, high = ratio(seconds, "fused", peer)
             row |= {f"time_ratio_{peer}": f"{median:.3f}", f"range_{peer}": f"{low:.3f}-{high:.3f}"}
         for name, function in contenders.items():
             row[f"{name}_ms"] = f"{1e3 * statistics.median(seconds[name]):.1f}"
-            row[f"{name}_saved_bytes"] = saved_bytes(function, x, keys, values)
+            row[f"{name}_saved_bytes"] = saved_bytes(function, *inputs)
         rows.append(row)
         print(*(f"{key} {value}" for key, value in row.items()), sep="  ")
     print(f"one T x N buffer is {4 * T * N} bytes in float32; rows in {write_csv('operator', rows)}")

@@ -213,9 +213,7 @@ class TrainLoader(DataLoader[Batch]):
         self._stream = _Stream(ids, seq_len, batch_size, rank, world_size, seed)
         per_step = self._stream.global_batch * accumulate  # whole steps: no accumulation is cut short
         self._length = -(-self._stream.num_samples // per_step) * accumulate
-        super().__init__(
-            self._stream, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available()
-        )
+        super().__init__(self._stream, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available())
 
     def __len__(self) -> int:
         return self._length
@@ -239,9 +237,7 @@ class TrainLoader(DataLoader[Batch]):
 class _Stream(IterableDataset[Batch]):
     """Batches from `position` on, without end; worker w of W takes every W-th."""
 
-    def __init__(
-        self, ids: NDArray[Any], seq_len: int, batch_size: int, rank: int, world_size: int, seed: int
-    ) -> None:
+    def __init__(self, ids: NDArray[Any], seq_len: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
         self.ids, self.seq_len, self.batch_size, self.rank, self.seed = ids, seq_len, batch_size, rank, seed
         self.num_samples = (len(ids) - 1) // seq_len
         self.global_batch = batch_size * world_size

@@ -1,1 +1,1 @@
-"""LightningModules, callbacks, optimizers and the command line. This file stays light: `tokenformer --help` reads it."""
+"""LightningModules, callbacks, optimizers and the command line. Stays light: `tokenformer --help` reads it."""

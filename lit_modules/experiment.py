@@ -42,7 +42,7 @@ class Trainer(lightning.Trainer):
 class ArgumentParser(LightningArgumentParser):
     """Adds the nearest known name to the error about an unknown key."""
 
-    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: D102
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         found = re.search(r"[Kk]ey '([\w.]+)' is not expected|[Uu]nrecognized arguments: --([\w.]+)", message)
         if found:
             key = (found[1] or found[2]).rsplit(".", 1)[-1]
@@ -66,15 +66,15 @@ class ExperimentCLI(LightningCLI):
     """LightningCLI for this project's modules."""
 
     @staticmethod
-    def subcommands() -> dict[str, set[str]]:  # noqa: D102
+    def subcommands() -> dict[str, set[str]]:
         return LightningCLI.subcommands() | {"prepare": {"model", "datamodule"}}
 
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:  # noqa: D102
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = ArgumentParser(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="a YAML file; of several, the later wins")
         return parser
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:  # noqa: D102
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str | None, help="of the experiment (default: the config file's)")
         parser.add_argument("--run_dir", type=str | None, help="the run's folder (default: runs/NAME/DATE-TIME-RANDOM)")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
@@ -128,7 +128,7 @@ class ExperimentCLI(LightningCLI):
         os.environ[RUN_DIR_VARIABLE] = str(run_dir)
         self._run_dir = str(run_dir)
 
-    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:  # noqa: D102
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         config = self._get(self.config_init, "trainer")
         if self.subcommand == "prepare":
             return Trainer(logger=False, enable_checkpointing=False, barebones=True)

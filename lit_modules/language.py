@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lit_modules.loggers import is_log_step
 from lit_modules.optim import OptimConfig, adamw, lr_scheduler
 from tokenformer import LMConfig, TokenFormerLM
 
@@ -76,7 +78,7 @@ class LanguageModule(LightningModule):
                 f"data.seq_len={data.seq_len} is longer than model.config.max_seq_len={self.config.max_seq_len}"
             )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its per-step schedule."""
         max_steps = self.trainer.max_steps
         if max_steps < 1:
@@ -108,7 +110,7 @@ class LanguageModule(LightningModule):
         """Log, when an optimizer step is done and it is time; other steps read nothing from the device."""
         if len(self._losses) < self.trainer.accumulate_grad_batches:
             return
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if is_log_step(self.trainer):
             loss = torch.stack(self._losses).mean()
             self.log("train/loss", loss, sync_dist=True)
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])

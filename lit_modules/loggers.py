@@ -1,11 +1,18 @@
-"""A CSV log that a resumed run continues."""
+"""When to log, and a CSV log that a resumed run continues."""
 
 import csv
 from pathlib import Path
 
+from lightning import Trainer
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+
+def is_log_step(trainer: Trainer) -> bool:
+    """Whether Lightning writes what is logged at the end of this optimizer step."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and trainer.global_step % every == 0
 
 
 class ResumableCSVLogger(CSVLogger):
@@ -22,7 +29,7 @@ class ResumableCSVLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:  # noqa: D102
+    def experiment(self) -> ExperimentWriter:
         if self._experiment is None:
             self._experiment = _ResumingWriter(log_dir=self.log_dir)
         return self._experiment  # type: ignore[return-value]

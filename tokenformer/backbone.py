@@ -4,7 +4,6 @@ B batch, T sequence, D channels, H heads, K channels of a head, R rotated channe
 """
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +125,7 @@ class Backbone(nn.Module):
         rotary = rotary_tables(x.shape[1], self.rotary_dim, x.device) if self.rotary_dim else None
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, rotary)
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary)
         return self.norm(x)

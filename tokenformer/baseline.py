@@ -1,4 +1,4 @@
-"""The Transformer that every TokenFormer here is compared with: the same backbone with linear projections, no biases."""
+"""The Transformer that a TokenFormer is compared with: the same backbone with linear projections, no biases."""
 
 import torch
 from torch import Tensor, nn

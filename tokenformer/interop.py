@@ -37,7 +37,9 @@ def load_official(source: str | Path | dict[str, Tensor], num_heads: int | None 
     vocab_size, dim = embedding.shape
     depth = sum(name.endswith(".mlp.key_param_tokens") for name in released)
     if num_heads is None and dim not in RELEASED_HEADS:
-        raise ValueError(f"give num_heads: it is known only for the released widths {sorted(RELEASED_HEADS)}, not {dim}")
+        raise ValueError(
+            f"give num_heads: it is known only for the released widths {sorted(RELEASED_HEADS)}, not {dim}"
+        )
 
     names = _official_names(depth)
     if missing := sorted(set(names.values()) - set(released)):

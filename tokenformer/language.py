@@ -3,7 +3,6 @@
 B batch, T sequence, D channels, V vocabulary.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

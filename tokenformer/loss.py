@@ -42,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients in the forward pass; the backward pass only multiplies them by the incoming one."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         num_targets = (targets != IGNORE).sum()
@@ -70,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = ctx.saved_tensors
         return *(None if grad is None else grad * grad_loss.to(grad.dtype) for grad in grads), None
 

@@ -84,7 +84,7 @@ def _pattention(x: Tensor, keys: Tensor, values: Tensor, scale: Tensor | float, 
 
 
 def _row_factor(rows: Tensor, scale: Tensor | float) -> Tensor:
-    """tau / |row|, shape (..., 1), at least float32; 0 (not infinite) where a row is all zero."""
+    """Return tau / |row|, shape (..., 1), at least float32; 0 (not infinite) where a row is all zero."""
     wide = torch.promote_types(rows.dtype, torch.float32)
     # On the CPU a wide norm of bfloat16 copies all rows to float32 first; its own kernel sums in float32 anyway.
     sum_in = None if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" else wide
@@ -120,14 +120,14 @@ class _L2NormGELU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keys: Tensor, values: Tensor, tau: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, keys: Tensor, values: Tensor, tau: Tensor) -> Tensor:
         out, z, factor = _forward(x, keys, values, tau)
         ctx.save_for_backward(x, keys, values, tau, z, factor)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, keys, values, tau, z, factor = ctx.saved_tensors
         needs_x, needs_keys, needs_values, needs_tau = ctx.needs_input_grad
         num_tokens = keys.shape[0]
@@ -219,14 +219,17 @@ class Pattention(nn.Module):
     @property
     def num_tokens(self) -> int:
         """N, over all segments."""
-        return sum(segment.keys.shape[0] for segment in self.segments)  # type: ignore[union-attr, misc]
+        return sum(len(segment.keys) for segment in self._segments())
+
+    def _segments(self) -> list[TokenSegment]:
+        return list(self.segments)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Keys N(0, key_std), values N(0, value_std), tau its default for the present N, ``tau_gain`` 0."""
-        for segment in self.segments:
-            nn.init.normal_(segment.keys, std=self.key_std)  # type: ignore[arg-type]
-            nn.init.normal_(segment.values, std=self.value_std)  # type: ignore[arg-type]
+        for segment in self._segments():
+            nn.init.normal_(segment.keys, std=self.key_std)
+            nn.init.normal_(segment.values, std=self.value_std)
         self.tau.fill_(default_tau(self.num_tokens, self.score_norm))
         if self.tau_gain is not None:
             nn.init.zeros_(self.tau_gain)
@@ -247,7 +250,7 @@ class Pattention(nn.Module):
         """
         if num_tokens < 1:
             raise ValueError(f"num_tokens={num_tokens}: append at least one parameter token")
-        first = self.segments[0].keys
+        first = self._segments()[0].keys
         new = TokenSegment(num_tokens, self.in_features, self.out_features, device=first.device, dtype=first.dtype)
         nn.init.zeros_(new.keys)
         new.values.copy_(torch.randn(new.values.shape, generator=generator) * self.value_std)
@@ -284,8 +287,8 @@ class Pattention(nn.Module):
         sizes: list[int] = []
         while (key := f"{prefix}segments.{len(sizes)}.keys") in state_dict:
             sizes.append(state_dict[key].shape[0])
-        if sizes and sizes != [segment.keys.shape[0] for segment in self.segments]:  # type: ignore[union-attr, misc]
-            first = self.segments[0].keys
+        if sizes and sizes != [len(segment.keys) for segment in self._segments()]:
+            first = self._segments()[0].keys
             factory = {"device": first.device, "dtype": first.dtype}
             self.segments = nn.ModuleList(
                 TokenSegment(n, self.in_features, self.out_features, **factory) for n in sizes

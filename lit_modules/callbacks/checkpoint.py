@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 class Checkpoint(ModelCheckpoint):
     """ModelCheckpoint that also saves at the last step, whatever `every_n_train_steps` is."""
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: D102
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
         if trainer.global_step == trainer.max_steps and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -25,7 +25,7 @@ class Checkpoint(ModelCheckpoint):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target and renames: a kill while saving leaves the old file, or none, but never half of one."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:  # noqa: D102
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")

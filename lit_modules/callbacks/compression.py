@@ -11,7 +11,7 @@ class CompressionBaseline(Callback):
     """Prints, at the end of training, how well the model compresses the validation text, and how well zlib does."""
 
     @rank_zero_only
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: D102
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         text = data.tokenizer.decode(data.val.ids.tolist()).encode()
         zlib_bits = 8 * len(zlib.compress(text, 9)) / len(text)

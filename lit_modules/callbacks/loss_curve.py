@@ -11,7 +11,7 @@ class LossCurve(Callback):
     """Draws `loss.png` into the run's folder at the end of training, from its `metrics.csv`."""
 
     @rank_zero_only
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
             logger.save()
         run_dir = Path(trainer.default_root_dir)

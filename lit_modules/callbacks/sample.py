@@ -27,7 +27,7 @@ class SampleText(Callback):
         self.temperature, self.seed = temperature, seed
 
     @rank_zero_only
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: D102
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         prompt = torch.tensor(tokenizer.encode_batch([self.prompt]), device=pl_module.device)
         generator = torch.Generator(pl_module.device).manual_seed(self.seed)

@@ -19,18 +19,18 @@ class Summary(Callback):
         self.run_dir = run_dir
         self.best: tuple[float, int] | None = None  # validation loss, step
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         rank_zero_info(f"{trained:,} parameters, run folder {self.run_dir}")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
             return
         loss = float(trainer.callback_metrics["val/loss"])
         if self.best is None or loss < self.best[0]:
             self.best = (loss, trainer.global_step)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lines = [f"\nfinished at step {trainer.global_step} of {trainer.max_steps}"]
         if self.best is not None:
             lines.append(f"best validation loss {self.best[0]:.4f} nats a token, at step {self.best[1]}")
@@ -48,10 +48,10 @@ class Summary(Callback):
             ]
         rank_zero_info("\n".join(lines))
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from lit_modules.hardware import device_name, peak_flops
+from lit_modules.loggers import is_log_step
 
 
 class Throughput(Callback):
@@ -26,21 +27,21 @@ class Throughput(Callback):
         self._since: float | None = None
         self._tokens_since = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart()
         self._peak = peak_flops(device_name(pl_module.device), str(trainer.precision))
         self._step = trainer.global_step
 
-    def on_train_batch_start(self, *_: Any) -> None:  # noqa: D102
+    def on_train_batch_start(self, *_: Any) -> None:
         if self._since is None:
             self._since = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: D102
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         tokens = batch[0].numel() * trainer.world_size
         self.tokens += tokens
         self.flops += tokens * pl_module.flops_per_token
         self._tokens_since += tokens
-        if trainer.global_step == self._step or trainer.global_step % trainer.log_every_n_steps:
+        if trainer.global_step == self._step or not is_log_step(trainer):
             return
         self._step = trainer.global_step
         assert self._since is not None
@@ -52,14 +53,14 @@ class Throughput(Callback):
         pl_module.log_dict(metrics)
         self._restart()
 
-    def on_validation_start(self, *_: Any) -> None:  # noqa: D102
+    def on_validation_start(self, *_: Any) -> None:
         self._restart()
 
-    def on_save_checkpoint(self, *_: Any) -> None:  # noqa: D102
+    def on_save_checkpoint(self, *_: Any) -> None:
         self._restart()
 
-    def state_dict(self) -> dict[str, int]:  # noqa: D102
+    def state_dict(self) -> dict[str, int]:
         return {"tokens": self.tokens, "flops": self.flops}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.tokens, self.flops = state_dict["tokens"], state_dict["flops"]

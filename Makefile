@@ -1,0 +1,36 @@
+# make quickstart: set up, then train a TokenFormer on real text (two minutes).   make test: set up, then run all tests.
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG := configs/language/quickstart.yaml
+
+.PHONY: help setup quickstart test lint types bench clean
+help:
+	@sed -n '1s/^# //p' Makefile
+	@echo "also: make lint | types | bench | clean"
+
+setup: .venv/done
+.venv/done: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/tokenformer fit --config $(CONFIG)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks.operator
+	$(BIN)/python -m benchmarks.training
+
+clean:
+	rm -rf .venv runs data *.egg-info
