@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -240,8 +241,8 @@ def _encode_all(
     batches: Iterator[tuple[str, list[str]]], tokenizer_name: str, dtype: np.dtype[Any], num_processes: int
 ) -> Iterator[Encoded]:
     """Encode batches, in order; a few batches per process are under way at a time, so that memory stays bounded."""
-    first = list(_take(batches, 2))
-    if num_processes == 1 or len(first) < 2:  # starting processes would take longer
+    first = list(islice(batches, 4))
+    if num_processes == 1 or len(first) < 4:  # starting processes would take longer
         _start_worker(tokenizer_name, dtype)
         for batch in [*first, *batches]:
             yield _encode(*batch)
@@ -254,11 +255,6 @@ def _encode_all(
             under_way.append(pool.submit(_encode, *batch))
         while under_way:
             yield under_way.popleft().result()
-
-
-def _take(items: Iterator[Any], count: int) -> Iterator[Any]:
-    for _, item in zip(range(count), items, strict=False):
-        yield item
 
 
 _worker: tuple[Tokenizer, np.dtype[Any]]

@@ -37,6 +37,8 @@ def console() -> None:
     except ValueError as error:
         if os.environ.get("TOKENFORMER_DEBUG"):
             raise
+        while isinstance(error.__cause__, ValueError):  # the config parser wraps what a class says of its arguments
+            error = error.__cause__
         sys.exit(f"error: {error}\n(TOKENFORMER_DEBUG=1 shows where)")
 
 
@@ -53,7 +55,7 @@ def main(args: list[str] | None = None) -> None:
         return
     from lit_modules.experiment import run
 
-    run(given)
+    run(args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """An experiment from a config: LightningCLI with run folders of their own, resume that is exact, and clear errors."""
 
+import dataclasses
+import inspect
 import os
 import re
 import secrets
+import sys
 import time
 import warnings
 from difflib import get_close_matches
@@ -40,25 +43,26 @@ class Trainer(lightning.Trainer):
 
 
 class ArgumentParser(LightningArgumentParser):
-    """Adds the nearest known name to the error about an unknown key."""
+    """Says what is wrong in a line or two, with the nearest known name for an unknown key, and no page of usage."""
 
-    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
-        found = re.search(r"[Kk]ey '([\w.]+)' is not expected|[Uu]nrecognized arguments: --([\w.]+)", message)
-        if found:
-            key = (found[1] or found[2]).rsplit(".", 1)[-1]
-            if near := get_close_matches(key, self._known_names(), n=1, cutoff=0.6):
-                message += f"\ndid you mean {near[0]!r}?"
-        super().error(message, *args, **kwargs)
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
+            super().error(message, ex)
+        asked = re.search(r"(?:does not accept option '|Option '|[Kk]ey '|unrecognized arguments: -*)([\w.]+)", message)
+        if asked and re.search(r"not accept|not expected|unrecognized", message):
+            key = asked[1].rsplit(".", 1)[-1]
+            near = get_close_matches(key, self._known_names(), n=1, cutoff=0.6)
+            message = f"unknown key {asked[1]!r}" + (f": did you mean {near[0]!r}?" if near else "")
+        sys.stderr.write(f"error: {message}\n(`tokenformer COMMAND --help` lists all keys)\n")
+        self.exit(2)
 
     def _known_names(self) -> list[str]:
-        from datamodules.text import TextDataModule
-        from lit_modules.language import LanguageModule
-        from lit_modules.optim import OptimConfig
-        from tokenformer import LMConfig
-
         names = {action.dest for action in self._actions}
-        for known in (TextDataModule, LanguageModule, OptimConfig, LMConfig, lightning.Trainer):
-            names |= set(known.__init__.__annotations__)
+        for known in (*LightningModule.__subclasses__(), *LightningDataModule.__subclasses__(), lightning.Trainer):
+            for parameter in inspect.signature(known).parameters.values():
+                names.add(parameter.name)
+                if dataclasses.is_dataclass(parameter.annotation):
+                    names |= {field.name for field in dataclasses.fields(parameter.annotation)}
         return sorted({part for name in names for part in name.split(".")})
 
 
@@ -162,8 +166,8 @@ def _new_run_dir(experiment: Path, subcommand: str) -> Path:
     return experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}{suffix}"
 
 
-def run(args: list[str]) -> None:
-    """Parse, build and run a command."""
+def run(args: list[str] | None) -> None:
+    """Parse, build and run a command; `args` default to the process's."""
     for pattern in QUIET:
         warnings.filterwarnings("ignore", pattern)
     before = os.environ.get(RUN_DIR_VARIABLE)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenformer.pattention import autocast_dtype
+
 IGNORE = -100  # a target that does not count
 
 # Logits of one block: 128 MiB in float32.
@@ -31,8 +33,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Returns:
         A scalar, float32 (float64 for float64 inputs); nan if no target counts, as in torch.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    if (dtype := autocast_dtype(hidden.device)) is not None:
         with torch.autocast(hidden.device.type, enabled=False):
             return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets)
     return _LinearCrossEntropy.apply(hidden, weight, targets)

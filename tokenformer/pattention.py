@@ -59,12 +59,17 @@ def pattention(
         raise ValueError(f"score_norm={score_norm!r}: choose one of {', '.join(WEIGHT_SECOND_MOMENT)}")
     if scale is None:
         scale = default_tau(keys.shape[0], score_norm)
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if (dtype := autocast_dtype(x.device)) is None:
         return _pattention(x, keys, values, scale, score_norm)
-    dtype = torch.get_autocast_dtype(device_type)
-    with torch.autocast(device_type, enabled=False):  # the operator chooses its own precisions
+    with torch.autocast(x.device.type, enabled=False):  # the operator chooses its own precisions
         return _pattention(x.to(dtype), keys.to(dtype), values.to(dtype), scale, score_norm)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast wants matrix products to run in; None where it is off or not to be had (meta tensors)."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
 def _pattention(x: Tensor, keys: Tensor, values: Tensor, scale: Tensor | float, score_norm: ScoreNorm) -> Tensor:

@@ -1,0 +1,47 @@
+"""Shared by all tests: golden numbers, a small corpus, the command line in process."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "tests" / "assets"
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+torch.set_num_threads(2)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def golden_lm():
+    return load_file(ASSETS / "golden_lm_small.safetensors")
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Small real data sets, where the machine has them."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the real text and tokenizers of {SHARED_DATA}, which this machine does not have")
+    return SHARED_DATA
+
+
+def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> list[str]:
+    """A .jsonl of short made-up documents that a model can learn something from; returns their texts."""
+    import json
+
+    choose = random.Random(seed)
+    words = ["token", "grows", "key", "value", "the", "a", "model", "reads", "and", "writes", "rows", "of"]
+    texts = [f"document {i}: " + " ".join(choose.choices(words, k=30)) + "." for i in range(num_documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """(path of a .jsonl, its texts)."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    return path, write_corpus(path)

@@ -1,0 +1,302 @@
+"""The operator and the layer against the released implementation, and at their edges."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from tests.conftest import ASSETS
+from tokenformer import Pattention, pattention
+from tokenformer.pattention import WEIGHT_SECOND_MOMENT, default_tau
+
+KINDS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+L2_KINDS = KINDS[:2]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(ASSETS / "golden_pattention.safetensors")
+
+
+def random_inputs(dtype=torch.float32, T=10, D_in=16, N=24, D_out=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((T, D_in), (N, D_in), (N, D_out))
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def transcription(x, keys, values, tau):
+    scores = x @ keys.T
+    return F.gelu(scores / scores.norm(dim=-1, keepdim=True) * tau) @ values
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_released_implementation(golden, kind):
+    x, keys, values = (golden[name].double().requires_grad_() for name in ("x", "K", "V"))
+    out = pattention(x, keys, values, score_norm=kind)
+    (out * golden["upstream_grad"]).sum().backward()
+    for mine, theirs in ((out, "out"), (x.grad, "grad_x"), (keys.grad, "grad_K"), (values.grad, "grad_V")):
+        torch.testing.assert_close(mine, golden[f"{kind}.{theirs}"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_equals_the_released_implementation(golden, kind):
+    out = pattention(*(golden[name] for name in ("x", "K", "V")), score_norm=kind)
+    torch.testing.assert_close(out, golden[f"{kind}.out_f32"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("needs", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0)])
+def test_gradcheck(kind, needs):
+    x, keys, values = random_inputs(torch.float64, T=3, D_in=4, N=6, D_out=5)
+    tau = torch.tensor([1.7], dtype=torch.float64, requires_grad=True)
+    inputs = [t.detach().requires_grad_(bool(need)) for t, need in zip((x, keys, values, tau), needs, strict=True)]
+    assert torch.autograd.gradcheck(lambda *args: pattention(*args, score_norm=kind), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", L2_KINDS)
+def test_zero_scores_give_zeros_and_finite_gradients(kind, dtype):
+    x, keys, values = random_inputs(dtype)
+    x = x.detach().clone()
+    x[3] = 0
+    x.requires_grad_()
+    tau = torch.tensor([2.0], requires_grad=True)
+    out = pattention(x, keys, values, tau, score_norm=kind)
+    out.float().sum().backward()
+    assert (out[3] == 0).all()
+    assert (out[2] != 0).any()
+    for tensor in (x, keys, values, tau):
+        assert tensor.grad.isfinite().all()
+        assert (tensor.grad != 0).any()
+
+
+@pytest.mark.parametrize("kind", L2_KINDS)
+def test_all_keys_zero(kind):
+    x, keys, values = random_inputs()
+    keys = torch.zeros_like(keys).requires_grad_()
+    out = pattention(x, keys, values, score_norm=kind)
+    out.sum().backward()
+    assert (out == 0).all()
+    assert all(tensor.grad.isfinite().all() for tensor in (x, keys, values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_softmax_never_overflows(dtype):
+    x, keys, values = random_inputs(dtype)
+    out = pattention(100 * x, 10 * keys, values, score_norm="softmax")
+    out.float().sum().backward()
+    assert out.isfinite().all()
+    assert keys.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tiny_scores_stay_finite_in_half_precision(dtype):
+    x, keys, values = random_inputs(dtype)
+    out = pattention(x * 1e-4, keys * 1e-2, values)
+    out.float().sum().backward()
+    assert out.isfinite().all()
+    assert keys.grad.isfinite().all()
+
+
+def test_output_ignores_the_magnitude_of_keys_and_inputs():
+    x, keys, values = random_inputs(torch.float64)
+    torch.testing.assert_close(pattention(10 * x, 3 * keys, values), pattention(x, keys, values), rtol=0, atol=1e-12)
+
+
+def test_leading_dimensions_are_kept():
+    x, keys, values = random_inputs()
+    batched = x.view(2, 5, 1, 16)
+    assert torch.equal(pattention(batched, keys, values), pattention(x, keys, values).view(2, 5, 1, 12))
+    assert pattention(batched[:0], keys, values).shape == (0, 5, 1, 12)
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    import sys
+
+    x, keys, values = random_inputs(torch.float64, T=50)
+    whole = pattention(x, keys, values)
+    monkeypatch.setattr(sys.modules["tokenformer.pattention"], "CPU_BLOCK", 7 * 24)
+    torch.testing.assert_close(pattention(x, keys, values), whole, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_runs_in_its_precision_and_gives_wide_gradients(dtype):
+    inputs = random_inputs(T=64, D_in=32, N=96, D_out=32)
+    exact = pattention(*inputs)
+    with torch.autocast("cpu", dtype=dtype):
+        out = pattention(*inputs)
+        out.float().sum().backward()
+    assert out.dtype == dtype
+    assert (out - exact).norm() / exact.norm() < 1e-2
+    grads = torch.autograd.grad(exact.sum(), inputs)
+    for tensor, grad in zip(inputs, grads, strict=True):
+        assert tensor.grad.dtype == torch.float32
+        assert (tensor.grad - grad).norm() / grad.norm() < 2e-2
+
+
+def test_keeps_one_buffer_for_the_backward_pass():
+    x, keys, values = random_inputs(T=200, D_in=8, N=300, D_out=8)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = pattention(x, keys, values)
+    own = sum(size for pointer, size in saved.items() if pointer not in {t.data_ptr() for t in (x, keys, values)})
+    one_buffer = 200 * 300 * 4
+    assert one_buffer <= own <= one_buffer + 200 * 4 + 64
+    assert out.requires_grad
+
+
+def test_backward_twice_gives_the_same_gradients():
+    """The operator works in place on its own buffers only."""
+    inputs = random_inputs()
+    out = pattention(*inputs)
+    first = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    second = torch.autograd.grad(out.sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_compiles_into_one_graph():
+    inputs = random_inputs()
+    compiled = torch.compile(pattention, fullgraph=True, backend="inductor")
+    out, exact = compiled(*inputs), pattention(*inputs)
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+    grads, expected = (torch.autograd.grad(o.square().sum(), inputs) for o in (out, exact))
+    for mine, right in zip(grads, expected, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
+
+
+def test_tau_gradient_is_that_of_the_transcription():
+    x, keys, values = random_inputs(torch.float64)
+    tau = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    (mine,) = torch.autograd.grad(pattention(x, keys, values, tau).sum(), tau)
+    (right,) = torch.autograd.grad(transcription(x, keys, values, tau).sum(), tau)
+    torch.testing.assert_close(mine, right, rtol=1e-12, atol=0)
+
+
+def test_unknown_names_are_refused():
+    x, keys, values = random_inputs()
+    with pytest.raises(ValueError, match="score_norm='relu'.*l2_norm_gelu"):
+        pattention(x, keys, values, score_norm="relu")
+    for arguments, message in (({"score_norm": "relu"}, "score_norm"), ({"scale": "half"}, "scale='half'")):
+        with pytest.raises(ValueError, match=message):
+            Pattention(4, 4, 8, **arguments)
+    with pytest.raises(ValueError, match="num_tokens=0"):
+        Pattention(4, 4, 0)
+
+
+# The layer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_is_the_operator(kind):
+    layer = Pattention(16, 12, 24, score_norm=kind)
+    x = torch.randn(3, 5, 16)
+    tokens = layer.segments[0]
+    torch.testing.assert_close(layer(x), pattention(x, tokens.keys, tokens.values, score_norm=kind))
+
+
+def test_tau_is_in_the_state_and_survives_every_cast():
+    layer = Pattention(16, 12, 23)
+    for cast in (layer.half, layer.bfloat16, layer.float, layer.double):
+        assert cast().state_dict()["tau"].item() == math.sqrt(23)
+    assert layer.segments[0].keys.dtype == torch.float64
+
+
+def test_meta_layer_is_initialised_by_reset_parameters():
+    with torch.device("meta"):
+        layer = Pattention(16, 12, 24, scale="learned")
+    layer.to_empty(device="cpu").reset_parameters()
+    assert layer.tau.item() == math.sqrt(24)
+    assert layer.tau_gain.item() == 0
+    assert layer(torch.randn(2, 16)).isfinite().all()
+
+
+def test_learned_tau_has_one_trained_element():
+    layer = Pattention(16, 12, 24, scale="learned")
+    assert layer.tau_gain.shape == (1,)
+    x = torch.randn(7, 16)
+    before = layer(x)
+    layer(x).square().sum().backward()
+    assert layer.tau_gain.grad.abs() > 0
+    with torch.no_grad():
+        layer.tau_gain += 0.1
+    tokens = layer.segments[0]
+    expected = pattention(x, tokens.keys, tokens.values, math.sqrt(24) * math.e)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(layer(x), before)
+
+
+@pytest.mark.parametrize("scale", ["fixed", "learned"])
+@pytest.mark.parametrize("kind", L2_KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0)])
+def test_appending_tokens_is_exact(kind, scale, dtype, tolerance):
+    layer = Pattention(64, 48, 96, score_norm=kind, scale=scale).to(dtype)
+    x = torch.randn(33, 64, dtype=dtype)
+    before = layer(x)
+    for added in (32, 64):
+        layer.append_tokens(added)
+        assert (layer(x) - before).norm() <= tolerance * before.norm()
+    assert layer.num_tokens == 192
+    assert [len(segment.keys) for segment in layer.segments] == [96, 32, 64]
+
+
+def test_current_tau_follows_the_number_of_tokens():
+    layer = Pattention(16, 12, 24, scale="current")
+    layer.append_tokens(16)
+    assert layer.tau.item() == math.sqrt(40)
+
+
+@pytest.mark.parametrize(("mode", "scale"), [("tau_old", "fixed"), ("tau_new", "current")])
+@pytest.mark.parametrize("keys", ["zero_keys", "random_keys"])
+@pytest.mark.parametrize("kind", L2_KINDS)
+def test_growth_equals_the_golden_vectors(kind, keys, mode, scale):
+    golden = load_file(ASSETS / "golden_growth.safetensors")
+    layer = Pattention(16, 12, 24, score_norm=kind, scale=scale).double()
+    layer.append_tokens(16)
+    old, new = layer.segments
+    with torch.no_grad():
+        old.keys.copy_(golden["K_old"])
+        old.values.copy_(golden["V_old"])
+        new.keys.copy_(golden["K_new_zero" if keys == "zero_keys" else "K_new_random"])
+        new.values.copy_(golden["V_new"])
+    x = golden["x"].double().requires_grad_()
+    out = layer(x)
+    (out * golden["upstream_grad"]).sum().backward()
+    name = f"{kind}.{keys}.{mode}"
+    pairs = {
+        "out": out,
+        "grad_x": x.grad,
+        "grad_K": torch.cat((old.keys.grad, new.keys.grad)),
+        "grad_V": torch.cat((old.values.grad, new.values.grad)),
+    }
+    for what, mine in pairs.items():
+        torch.testing.assert_close(mine, golden[f"{name}.{what}"], rtol=0, atol=1e-12)
+
+
+def test_a_grown_state_loads_into_a_small_layer_and_back():
+    grown, small = Pattention(16, 12, 24), Pattention(16, 12, 24)
+    ungrown_state = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    grown.append_tokens(8, torch.Generator().manual_seed(0))
+    small.load_state_dict(grown.state_dict())
+    x = torch.randn(5, 16)
+    assert small.num_tokens == 32
+    assert torch.equal(small(x), grown(x))
+    small.load_state_dict(ungrown_state)
+    assert small.num_tokens == 24
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_tokens", [64, 1024])
+def test_default_values_give_an_output_rms_of_a_tenth(kind, num_tokens):
+    torch.manual_seed(0)
+    layer = Pattention(256, 256, num_tokens, score_norm=kind)
+    rms = layer(torch.randn(512, 256)).square().mean().sqrt()
+    assert 0.085 < rms < 0.115
+    assert set(WEIGHT_SECOND_MOMENT) == set(KINDS)
+    assert default_tau(num_tokens, kind) == (num_tokens if kind == "softmax" else math.sqrt(num_tokens))
