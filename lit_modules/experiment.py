@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import logging
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
+from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -30,6 +32,8 @@ QUIET = (
     ".*does not have many workers.*",  # batches are read from a memory-mapped file
     ".*WeightAveraging callback with a model that overrides.*",
     ".*exists and is not empty.*",  # a resumed run goes on in its folder
+    ".*dirpath has changed.*",  # validate and predict have run folders of their own
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.15
     ".*`IterableDataset` has `__len__` defined.*",  # ours takes the workers into account
 )
 
@@ -100,14 +104,18 @@ class ExperimentCLI(LightningCLI):
         parser.link_arguments("data.vocab_size", "model.init_args.config.vocab_size", apply_on="instantiate")
         parser.link_arguments("data.init_args.seq_len", "model.init_args.config.max_seq_len")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
+        self._args = args
+        super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         """Leave the config as the user gave it; Lightning would let the checkpoint's hyperparameters overrule it."""
 
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder and the checkpoint to start from."""
         config = self.config[self.config.subcommand]
-        name = config.name or (Path(str(config.config[-1])).stem if config.get("config") else "run")
-        experiment = Path(config.trainer.default_root_dir or "runs") / name
+        config.name = config.name or _config_name(sys.argv[1:] if self._args is None else self._args)
+        experiment = Path(config.trainer.default_root_dir or "runs") / config.name
         given = os.environ.get(RUN_DIR_VARIABLE) or config.run_dir
         checkpoint = config.get("ckpt_path")
         if checkpoint == "last":
@@ -146,11 +154,18 @@ class ExperimentCLI(LightningCLI):
         always = [Throughput(), Summary(run_dir), PredictionWriter()]
         if config.enable_progress_bar is not False:
             always.append(Progress())
+        kwargs["enable_model_summary"] = bool(config.enable_model_summary)  # Summary says it in a line
         config.callbacks = [*(config.callbacks or []), *always]
         for key in ("checkpoint", "best"):
             callback = self._get(self.config_init, key)
             callback.dirpath = callback.dirpath or os.path.join(run_dir, "checkpoints")
         return super().instantiate_trainer(**kwargs)
+
+
+def _config_name(args: list[str]) -> str:
+    """The name of the last config file on the command line, without its ending."""
+    files = re.findall(r"(?:^|\n)(?:-c|--config)[\n=]([^\n]+)", "\n".join(args))
+    return Path(files[-1]).stem if files else "run"
 
 
 def _last_checkpoint(folder: Path, is_run: bool) -> Path:
@@ -170,6 +185,8 @@ def run(args: list[str] | None) -> None:
     """Parse, build and run a command; `args` default to the process's."""
     for pattern in QUIET:
         warnings.filterwarnings("ignore", pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${data.init_args.seq_len} works in a config
     before = os.environ.get(RUN_DIR_VARIABLE)
     try:
         ExperimentCLI(
@@ -181,6 +198,7 @@ def run(args: list[str] | None) -> None:
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            parser_kwargs={"parser_mode": "omegaconf+"},
             args=args,
         )
     finally:  # a second run in this process gets a folder of its own

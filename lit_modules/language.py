@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from lit_modules.loggers import is_log_step
@@ -48,6 +49,7 @@ class LanguageModule(LightningModule):
         self.val_nats, self.val_entropy = MeanMetric().set_dtype(torch.float64), MeanMetric().set_dtype(torch.float64)
         self._losses: list[Tensor] = []  # of the batches of this optimizer step
         self._grad_norm: Tensor | None = None
+        self._lr = 0.0  # of this optimizer step; its scheduler moves on before the log is written
 
     @property
     def flops_per_token(self) -> int:
@@ -88,6 +90,16 @@ class LanguageModule(LightningModule):
         scheduler = lr_scheduler(optimizer, self.optim, max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """After a resume the configured rates hold, not those that the checkpoint brought along."""
+        (optimizer,), (scheduler,) = self.trainer.optimizers, (c.scheduler for c in self.trainer.lr_scheduler_configs)
+        assert isinstance(scheduler, LambdaLR)
+        scheduler.base_lrs = [self.optim.lr for _ in scheduler.base_lrs]
+        rate = self.optim.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
+        for group, weight_decay in zip(optimizer.param_groups, (self.optim.weight_decay, 0.0), strict=True):
+            group |= {"lr": rate, "initial_lr": self.optim.lr, "weight_decay": weight_decay}
+            group |= {"betas": self.optim.betas, "eps": self.optim.eps}
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -97,6 +109,7 @@ class LanguageModule(LightningModule):
         """Clip by the total norm, and keep it for the log: measuring it again would be another pass."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
+        self._lr = optimizer.param_groups[0]["lr"]
         limit = gradient_clip_val or math.inf
         self._grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
 
@@ -113,7 +126,7 @@ class LanguageModule(LightningModule):
         if is_log_step(self.trainer):
             loss = torch.stack(self._losses).mean()
             self.log("train/loss", loss, sync_dist=True)
-            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+            self.log("train/lr", self._lr)
             if self._grad_norm is not None:
                 self.log("train/grad_norm", self._grad_norm)
         self._losses.clear()

@@ -24,8 +24,15 @@ class EMA(WeightAveraging):
         self.decay, self.warmup = decay, warmup
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the average on the device that the model is about to go to."""
+        """Make the average, on the device and in the precision that the model is about to have."""
+        if trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"EMA with trainer.precision={trainer.precision}: the steps of an average are lost in 16-bit weights; "
+                "use bf16-mixed or 16-mixed"
+            )
         self._device = trainer.strategy.root_device
+        with trainer.precision_plugin.module_init_context():
+            pl_module.configure_model()
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:  # the count stays on the CPU: it is read every step
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()

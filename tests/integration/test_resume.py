@@ -1,0 +1,145 @@
+"""A run that was killed and resumed ends with the same bits as one that was not."""
+
+import csv
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from lit_modules.cli import main
+from tests.conftest import ROOT
+from tests.integration.test_training import rows, write_config
+
+# 90 batches an epoch of 2 micro-batches of 4: 12 steps are 24 batches, so the kill comes in the middle of an epoch;
+# seq_len 256 has 4 batches an epoch, so it comes in the middle of the third.
+OPTIONS = {
+    "plain": [],
+    "EMA, accumulation, several epochs": [
+        "--trainer.callbacks+=EMA",
+        "--trainer.callbacks.decay=0.9",
+        "--trainer.accumulate_grad_batches=2",
+        "--data.seq_len=256",
+    ],
+    "bf16-mixed, learned tau, workers": [
+        "--trainer.precision=bf16-mixed",
+        "--model.config.scale=learned",
+        "--data.num_workers=2",
+    ],
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_killed_and_resumed_equals_uninterrupted(corpus, tmp_path, options):
+    config = write_config(tmp_path, corpus, trainer={"max_steps": 12, "log_every_n_steps": 1})
+    command = ["fit", "--config", str(config), *options]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    main([*command, "--run_dir", str(whole)])
+    kill = ["--trainer.callbacks+=tests.integration.kill.KillAt", "--trainer.callbacks.step=7"]
+    process = [sys.executable, "-m", "lit_modules.cli", *command, *kill, "--run_dir", str(killed)]
+    assert subprocess.run(process, cwd=ROOT, capture_output=True, check=False).returncode == -9
+    assert [path.name for path in (killed / "checkpoints").glob("step-*")] == ["step-00000004.ckpt"]
+    main([*command, "--run_dir", str(killed), "--ckpt_path", "last"])
+
+    for column in ("train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/flops", "val/loss"):
+        assert rows(killed, column) == rows(whole, column), column
+    assert len(rows(whole, "train/loss")) == 12
+    ends = [torch.load(run / "checkpoints/step-00000012.ckpt", weights_only=True) for run in (whole, killed)]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "current_model_state", "averaging_state", "loops"):
+        assert_same(ends[0].get(key), ends[1].get(key), key)
+    assert ("current_model_state" in ends[0]) == ("EMA" in str(options))
+
+
+def assert_same(a, b, where):
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}.{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif "param_names" not in where:
+        assert a == b, where
+
+
+@pytest.fixture
+def finished(corpus, tmp_path):
+    config = write_config(tmp_path, corpus, trainer={"max_steps": 8})
+    run_dir = tmp_path / "run"
+    main(["fit", "--config", str(config), "--run_dir", str(run_dir), "--model.optim.schedule=constant"])
+    return config, run_dir
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(finished, damage):
+    config, run_dir = finished
+    for path in (run_dir / "checkpoints").glob("*8.ckpt"):
+        content = bytearray(path.read_bytes())
+        if damage == "flipped":
+            content[len(content) // 2] ^= 1
+        path.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    arguments = ["--config", str(config), "--run_dir", str(run_dir), "--ckpt_path", "last"]
+    with pytest.warns(UserWarning, match="step-00000008.ckpt is passed over"):
+        main(["fit", *arguments, "--model.optim.schedule=constant", "--trainer.max_steps", "10"])
+    with (run_dir / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == [1, 3, 5, 7, 9]  # from step 4 on they were made again, none is there twice
+
+
+def test_a_leftover_of_an_interrupted_save_is_not_a_checkpoint(finished, tmp_path):
+    config, run_dir = finished
+    (run_dir / "checkpoints" / "step-00000009.ckpt.partial").write_bytes(b"half")
+    arguments = ["--config", str(config), "--ckpt_path", "last", "--run_dir", str(run_dir)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        from lit_modules.callbacks.checkpoint import newest_whole
+
+        assert newest_whole((run_dir / "checkpoints").glob("*.ckpt")).name.endswith("00000008.ckpt")
+    main(["fit", *arguments, "--trainer.max_steps", "10", "--model.optim.schedule=constant"])
+    assert (run_dir / "checkpoints" / "step-00000010.ckpt").exists()
+
+
+def test_last_finds_the_newest_run_of_the_experiment_and_goes_on_there(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path, corpus)
+    command = ["fit", "--config", str(config), "--model.optim.schedule=constant"]
+    main([*command, "--trainer.max_steps", "4"])
+    main([*command, "--trainer.max_steps", "4"])
+    newest = max((tmp_path / "runs/tiny").iterdir(), key=lambda run: run.stat().st_mtime_ns)
+    main([*command, "--ckpt_path", "last"])
+    assert len(list((tmp_path / "runs/tiny").iterdir())) == 2
+    assert [step for step, _ in rows(newest, "train/loss")] == [1, 3, 5, 7]
+
+
+def test_settings_of_the_command_line_win_over_the_checkpoint(finished, tmp_path):
+    """Lightning's own command line would silently take the checkpoint's hyperparameters."""
+    config, run_dir = finished
+    checkpoint = run_dir / "checkpoints/step-00000004.ckpt"
+    changed = tmp_path / "changed"
+    arguments = ["--config", str(config), "--run_dir", str(changed), "--ckpt_path", str(checkpoint)]
+    asked = ["--model.optim.weight_decay=0.3", "--model.optim.lr=0.0005", "--model.optim.betas=[0.8,0.9]"]
+    main(["fit", *arguments, "--model.optim.schedule=constant", *asked])
+    saved = torch.load(changed / "checkpoints/step-00000008.ckpt", weights_only=True)
+    assert saved["hyper_parameters"]["optim"]["weight_decay"] == 0.3
+    matrices, vectors = saved["optimizer_states"][0]["param_groups"]
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
+    for group in (matrices, vectors):
+        assert group["lr"] == 0.0005
+        assert tuple(group["betas"]) == (0.8, 0.9)
+    assert [lr for _, lr in rows(changed, "train/lr")] == pytest.approx([0.0005] * 2)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(corpus, tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    config = write_config(tmp_path, corpus)
+    torch.save({"state_dict": {}, "x": Harmful()}, tmp_path / "bad.ckpt")
+    with pytest.raises(Exception, match="weights_only|Unsupported|not an allowed global"):
+        main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "r"), "--ckpt_path", str(tmp_path / "bad.ckpt")])
