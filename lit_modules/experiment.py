@@ -185,7 +185,9 @@ def run(args: list[str] | None) -> None:
     """Parse, build and run a command; `args` default to the process's."""
     for pattern in QUIET:
         warnings.filterwarnings("ignore", pattern)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${data.init_args.seq_len} works in a config
     before = os.environ.get(RUN_DIR_VARIABLE)
     try:

@@ -25,7 +25,7 @@ class BackboneConfig:
         scale: tau, the factor after that normalisation. fixed (published models), learned (one trained scalar a
             layer), or current (follows the number of tokens when it grows, as the released code does; not exact).
         init: official (keys N(0, 0.02), values N(0, 2/(L sqrt D)), as released), or scaled (values so that a layer's
-            output has an RMS of 0.11 in query, key and value and 0.06 in what is added to the residual stream,
+            output has an RMS of 0.11 in query, key and value and 0.02 in what is added to the residual stream,
             whatever depth, width and number of tokens).
         norm_affine: give the blocks' LayerNorms a learned weight and bias (published models: false).
         rotary_fraction: part of each head's channels that rotary embeddings turn; 0 for no position information.
@@ -126,7 +126,7 @@ class BackboneConfig:
         """
         if self.init == "official":
             return 2 / (self.depth * math.sqrt(self.dim))
-        rms = 0.06 if residual else 0.11
+        rms = 0.02 if residual else 0.11
         return rms / math.sqrt(WEIGHT_SECOND_MOMENT[self.score_norm] * num_tokens)
 
     @property

@@ -20,7 +20,7 @@ class TokenFormerLM(nn.Module):
         embedding, lm_head                0.02              0.02
         keys                              0.02              0.05
         values of query, key, value       2/(L sqrt D)      0.11/sqrt(0.425 N)
-        values of out, ffn                2/(L sqrt D)      0.06/sqrt(0.425 N)
+        values of out, ffn                2/(L sqrt D)      0.02/sqrt(0.425 N)
         baseline: query, key, value, up   0.02              0.02
         baseline: out, down               0.02/sqrt(2 L)    0.02/sqrt(2 L)
 

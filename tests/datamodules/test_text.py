@@ -74,9 +74,13 @@ def test_a_second_call_reuses_the_tokens(corpus, data):
 )
 def test_a_half_written_folder_is_refused(corpus, data, damage, message):
     damage(data.folder)
-    with pytest.raises(ValueError, match=message):
+
+    def use():
         data.prepare_data()
         data.setup("fit")
+
+    with pytest.raises(ValueError, match=message):
+        use()
 
 
 def test_tokens_of_other_data_are_refused(tmp_path):

@@ -142,4 +142,14 @@ def test_a_checkpoint_with_code_in_it_is_refused(corpus, tmp_path):
     config = write_config(tmp_path, corpus)
     torch.save({"state_dict": {}, "x": Harmful()}, tmp_path / "bad.ckpt")
     with pytest.raises(Exception, match="weights_only|Unsupported|not an allowed global"):
-        main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "r"), "--ckpt_path", str(tmp_path / "bad.ckpt")])
+        main(
+            [
+                "fit",
+                "--config",
+                str(config),
+                "--run_dir",
+                str(tmp_path / "r"),
+                "--ckpt_path",
+                str(tmp_path / "bad.ckpt"),
+            ]
+        )

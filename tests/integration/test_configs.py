@@ -1,0 +1,116 @@
+"""Every file of configs/: read by a person, parsed by the command line, run on a shrunken model, counted on meta."""
+
+import re
+
+import pytest
+import torch
+import yaml
+
+from lit_modules.cli import main
+from tests.conftest import ROOT
+from tokenformer import LMConfig, TokenFormerLM
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+NAMES = [str(path.relative_to(ROOT / "configs").with_suffix("")) for path in CONFIGS]
+
+# facts: paper table 9, the released configs, the Transformers of table 6. Millions of parameters, to the digits given.
+PUBLISHED = {
+    "pile-150m": "151.9",
+    "pile-450m": "454.2",
+    "pile-900m": "903.3",
+    "pile-1.5b": "1587",
+    "openwebtext-124m": "123.6",
+    "openwebtext-354m": "354.2",
+    "openwebtext-757m": "753.8",
+    "openwebtext-1.4b": "1309.7",
+    "openwebtext2-354m": "353.5",
+    "openwebtext2-757m": "756.2",
+    "openwebtext-124m-transformer": "123.6",
+    "openwebtext-354m-transformer": "353.5",
+    "openwebtext-757m-transformer": "756.7",
+    "openwebtext-1.4b-transformer": "1311",
+    "openwebtext2-354m-transformer": "353.5",
+    "openwebtext2-757m-transformer": "756.7",
+}
+# The Transformers of the Pile models' depth and width were not published: 12 L d^2, embedding and final norm.
+PILE_TWINS = {"150m": (12, 768), "450m": (24, 1024), "900m": (32, 1280), "1.5b": (40, 1536)}
+for size, (depth, dim) in PILE_TWINS.items():
+    PUBLISHED[f"pile-{size}-transformer"] = f"{(12 * depth * dim**2 + 50304 * dim + 2 * dim) / 1e6:.2f}"
+
+TOKENS_PER_STEP = {"pile": 1024 * 2048, "openwebtext": 512 * 1024, "openwebtext2": 512 * 1024}
+
+# Small, and on whatever machine this is. The rest of the file stays as it is.
+SHRINK = """
+model: {init_args: {config: {depth: 2, dim: 32, num_heads: 2, qkv_tokens: 64, proj_tokens: 64, ffn_tokens: 128},
+  optim: {warmup_steps: 1}, compile: false}}
+data: {init_args: {source: SOURCE, tokenizer: bytes, streaming: false, val_fraction: 0.05, cache_dir: CACHE,
+  seq_len: 32, batch_size: 2}}
+trainer: {accelerator: cpu, devices: 1, strategy: auto, precision: 32-true, accumulate_grad_batches: 1,
+  enable_progress_bar: false, max_steps: 2, val_check_interval: 2, limit_val_batches: 2}
+"""
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_config_runs_on_a_shrunken_model(path, corpus, tmp_path):
+    shrink = SHRINK.replace("SOURCE", str(corpus[0])).replace("CACHE", str(tmp_path / "tokens"))
+    (tmp_path / "shrink.yaml").write_text(shrink)
+    files = ["--config", str(path), "--config", str(tmp_path / "shrink.yaml")]
+    main(["fit", *files, "--run_dir", str(tmp_path / "run"), "--trainer.max_steps=2"])
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002.ckpt").exists()
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    asked = yaml.safe_load(path.read_text())
+    assert saved["model"]["init_args"]["optim"]["lr"] == asked["model"]["init_args"]["optim"]["lr"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_config_has_a_header_and_a_comment_on_every_key(path):
+    text = path.read_text()
+    header = text[: text.index("\nmodel:")]
+    name = path.relative_to(ROOT)
+    assert f"tokenformer fit --config {name}" in header
+    for word in ("Hardware:", "Time:", "Expected:", "Source:"):
+        assert word in header, word
+    for line in text.splitlines():
+        if re.match(r"\s+(- )?\w+: \S", line) and "class_path: LanguageModule" not in line:
+            assert "#" in line or "class_path: TextDataModule" in line, line
+
+
+def model_config(path, vocab_size):
+    given = yaml.safe_load(path.read_text())
+    config = given["model"]["init_args"]["config"]
+    return LMConfig(**config, vocab_size=vocab_size, max_seq_len=given["data"]["init_args"]["seq_len"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    path = ROOT / "configs" / "language" / f"{name}.yaml"
+    config = model_config(path, vocab_size=50277)
+    assert config.padded_vocab_size == 50304
+    with torch.device("meta"):
+        model = TokenFormerLM(config)
+    assert model.num_params() == config.num_params()
+    published = PUBLISHED[name]
+    digits = len(published.partition(".")[2])
+    assert f"{model.num_params() / 1e6:.{digits}f}" == published
+
+    given = yaml.safe_load(path.read_text())
+    data, trainer = given["data"]["init_args"], given["trainer"]
+    batch = data["batch_size"] * data["seq_len"] * trainer["devices"] * trainer["accumulate_grad_batches"]
+    assert batch == TOKENS_PER_STEP[name.partition("-")[0]]
+    assert config.init == "official"
+    assert config.scale == "fixed"
+
+
+def test_every_published_config_is_tested():
+    language = {name.removeprefix("language/") for name in NAMES}
+    assert language == set(PUBLISHED) | {
+        f"{name}{twin}" for name in ("quickstart", "wikitext-2") for twin in ("", "-transformer")
+    }
+
+
+@pytest.mark.parametrize("name", ["quickstart", "wikitext-2"])
+def test_our_own_twins_have_equal_parameters(name):
+    folder = ROOT / "configs" / "language"
+    ours, twin = (model_config(folder / f"{name}{end}.yaml", 257) for end in ("", "-transformer"))
+    assert ours.num_params() - 5 * ours.depth == twin.num_params()  # one learned tau per Pattention
+    assert (ours.depth, ours.dim) == (twin.depth, twin.dim)

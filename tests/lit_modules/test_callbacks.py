@@ -1,0 +1,120 @@
+"""Callbacks by themselves: the average, the speed, the log, the progress bar."""
+
+import csv
+import zipfile
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from lit_modules.callbacks import EMA
+from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole
+from lit_modules.hardware import peak_flops
+from lit_modules.loggers import ResumableCSVLogger
+
+
+class Counter(LightningModule):
+    """One weight that is 0, 1, 2, ... after the steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def configure_model(self):
+        pass
+
+    def training_step(self, batch, batch_idx):
+        return -self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_ema_is_the_formula(tmp_path, warmup):
+    ema = EMA(decay=0.9, warmup=warmup)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    module = Counter()
+    Trainer(max_steps=20, callbacks=[ema], accelerator="cpu", enable_model_summary=False, **options).fit(
+        module, DataLoader(list(range(20)))
+    )
+    average = 1.0  # after the first step it is the weight
+    for step in range(2, 21):
+        decay = min(0.9, step / (step + 9)) if warmup else 0.9  # step - 1 were averaged before
+        average = decay * average + (1 - decay) * step
+    assert module.weight.item() == pytest.approx(average, rel=1e-6)
+    assert ema._average_model.n_averaged.device.type == "cpu"
+
+
+def test_ema_decay_must_be_below_one():
+    with pytest.raises(ValueError, match="decay=1.0"):
+        EMA(decay=1.0)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [
+        ("NVIDIA H200", "bf16-mixed", 989e12),
+        ("NVIDIA H100 PCIe", "bf16-true", 756e12),
+        ("NVIDIA H100 80GB HBM3", "16-mixed", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "32-true", 156e12),
+        ("NVIDIA L40S", "bf16-mixed", 362e12),
+        ("NVIDIA L4", "bf16-mixed", 121e12),
+        ("NVIDIA H200", "64-true", None),
+        ("cpu", "bf16-mixed", None),
+        ("Some New GPU", "bf16-mixed", None),
+    ],
+)
+def test_peak_rates(device, precision, expected):
+    assert peak_flops(device, precision) == expected
+
+
+def log_steps(folder, steps, **extra):
+    logger = ResumableCSVLogger(str(folder))
+    for step in steps:
+        logger.log_metrics({"loss": float(step), **extra}, step)
+    logger.save()
+
+
+def test_csv_log_goes_on_and_replaces_what_was_lost(tmp_path):
+    log_steps(tmp_path, range(5))
+    log_steps(tmp_path, range(3, 7), accuracy=1.0)  # killed after step 4, resumed after step 2
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(row["step"]), float(row["loss"])) for row in rows] == [(step, float(step)) for step in range(7)]
+    assert [row["accuracy"] for row in rows] == ["", "", "", "1.0", "1.0", "1.0", "1.0"]
+
+
+def test_checkpoints_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "a.ckpt"
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"weight": torch.arange(1000)}, path)
+    assert damage(path) is None
+    before = path.read_bytes()
+
+    def fail(checkpoint, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        io.save_checkpoint({}, path)
+    assert path.read_bytes() == before
+
+
+def test_damage_is_seen_wherever_it_is(tmp_path):
+    path = tmp_path / "a.ckpt"
+    torch.save({"weight": torch.arange(1000)}, path)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        data = next(info for info in archive.infolist() if info.filename.endswith("data/0"))
+    for changed in (content[:-100], content[: len(content) // 2], b"", b"not a zip"):
+        path.write_bytes(changed)
+        assert "truncated" in damage(path)
+    flipped = bytearray(content)
+    flipped[data.header_offset + 1000] ^= 1
+    path.write_bytes(flipped)
+    assert "damaged" in damage(path)
+    with pytest.warns(UserWarning, match="passed over"):
+        assert newest_whole([path]) is None
