@@ -2,7 +2,7 @@
 
     python -m benchmarks.training [--steps 60] [--rounds 5]
 
-The two take turns; a run's figure is the median of its log, without the first entry. Validation and checkpoints are off.
+The two take turns; a run's figure is the median of its log, without the first entry. Validation is off.
 """
 
 import argparse

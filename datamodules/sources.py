@@ -35,7 +35,7 @@ class FileSource:
     """
 
     def __init__(self, patterns: list[str], form: TextFormat) -> None:
-        self.form = form
+        self.form, self.name = form, ", ".join(patterns)
         self.files: list[Path] = []
         for pattern in patterns:
             found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
@@ -100,7 +100,7 @@ class StandardLibrary(FileSource):
     def __init__(self) -> None:
         root = Path(sysconfig.get_path("stdlib"))
         left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        self.form = TextFormat()
+        self.form, self.name = TextFormat(), "stdlib"
         self.files = sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
 
     def documents(self) -> Iterator[str]:
@@ -118,7 +118,7 @@ class HuggingFace:
     """  # noqa: D205
 
     def __init__(self, spec: str, form: TextFormat) -> None:
-        self.form, self.spec = form, spec
+        self.form, self.name = form, spec
         path, _, self.split = spec.removeprefix("hf:").partition("@")
         self.path, _, config = path.partition(":")
         self.config = config or None
@@ -140,7 +140,7 @@ class HuggingFace:
                 return list(loaded) if isinstance(loaded, datasets.DatasetDict) else ["train"]
             return datasets.get_dataset_split_names(self.path, self.config)
         except Exception as error:  # what the hub's client raises has no common class
-            raise ValueError(f"data source {self.spec!r} can't be read: {error}") from error
+            raise ValueError(f"data source {self.name!r} can't be read: {error}") from error
 
     def _load(self) -> Any:
         import datasets
@@ -155,12 +155,12 @@ class HuggingFace:
         for row in self._load():
             if not isinstance(text := row.get(self.form.text_field), str):
                 field = self.form.text_field
-                raise ValueError(f"{self.spec}: no text in {field!r}; set data.text_field to one of {list(row)}")
+                raise ValueError(f"{self.name}: no text in {field!r}; set data.text_field to one of {list(row)}")
             yield text
 
     def fingerprint(self) -> str:
         """Changes when the dataset does (streaming: when its name does)."""
-        return self.spec if self.form.streaming else f"{self.spec} {self._load()._fingerprint}"
+        return self.name if self.form.streaming else f"{self.name} {self._load()._fingerprint}"
 
 
 Source = FileSource | HuggingFace

@@ -202,6 +202,7 @@ def _write(
         "end_of_text": tokenizer.end_of_text,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "splits": {name: asdict(counts) for name, counts in splits.items()},
+        "sources": {name: source.name for name, source in sources.items()},
         "recipe": recipe,
     }
     (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")

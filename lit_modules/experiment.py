@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -26,7 +26,8 @@ from lit_modules.callbacks import Checkpoint, PredictionWriter, Progress, Summar
 from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, newest_whole
 from lit_modules.loggers import ResumableCSVLogger
 
-RUN_DIR_VARIABLE = "TOKENFORMER_RUN_DIR"  # how the processes of one run agree on its folder
+# How the processes that Lightning starts for a run learn what its first process settled.
+RUN_DIR, CKPT_PATH = "TOKENFORMER_RUN_DIR", "TOKENFORMER_CKPT_PATH"
 
 QUIET = (
     ".*does not have many workers.*",  # batches are read from a memory-mapped file
@@ -115,30 +116,14 @@ class ExperimentCLI(LightningCLI):
         """Settle the run's folder and the checkpoint to start from."""
         config = self.config[self.config.subcommand]
         config.name = config.name or _config_name(sys.argv[1:] if self._args is None else self._args)
-        experiment = Path(config.trainer.default_root_dir or "runs") / config.name
-        given = os.environ.get(RUN_DIR_VARIABLE) or config.run_dir
-        checkpoint = config.get("ckpt_path")
-        if checkpoint == "last":
-            checkpoint = _last_checkpoint(Path(given) if given else experiment, bool(given))
-            config.ckpt_path = str(checkpoint)
-        elif checkpoint is not None and not Path(checkpoint).exists():
-            raise ValueError(f"ckpt_path={checkpoint!r}: no such file; `last` takes the newest of {experiment}")
         if self.config.subcommand == "prepare":
             return
-        if given:
-            run_dir = Path(given)
-            resumes = checkpoint is not None and run_dir.resolve() in Path(checkpoint).resolve().parents
-            if (run_dir / "config.yaml").exists() and not resumes and RUN_DIR_VARIABLE not in os.environ:
-                raise ValueError(
-                    f"run_dir={given} holds a run already: go on with it by --ckpt_path last, or choose another"
-                )
-        elif checkpoint is not None and config.ckpt_path != checkpoint and self.config.subcommand == "fit":
-            run_dir = Path(checkpoint).parent.parent  # `last` goes on where the run is
-        else:
-            run_dir = _new_run_dir(experiment, self.config.subcommand)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        os.environ[RUN_DIR_VARIABLE] = str(run_dir)
-        self._run_dir = str(run_dir)
+        if RUN_DIR not in os.environ:
+            run_dir, checkpoint = _settle(self.config.subcommand, config)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            os.environ |= {RUN_DIR: str(run_dir), CKPT_PATH: str(checkpoint or "")}
+        self._run_dir = os.environ[RUN_DIR]
+        config.ckpt_path = os.environ[CKPT_PATH] or None
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -149,30 +134,51 @@ class ExperimentCLI(LightningCLI):
         if config.logger in (None, True) and not config.fast_dev_run:
             tensorboard = TensorBoardLogger(run_dir, name="", version="")
             kwargs["logger"] = [tensorboard, ResumableCSVLogger(run_dir)]
-        plugins = config.plugins or []
-        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        kwargs["plugins"] = [*_as_list(config.plugins), AtomicCheckpointIO()]
         always = [Throughput(), Summary(run_dir), PredictionWriter()]
         if config.enable_progress_bar is not False:
             always.append(Progress())
         kwargs["enable_model_summary"] = bool(config.enable_model_summary)  # Summary says it in a line
-        config.callbacks = [*(config.callbacks or []), *always]
+        config.callbacks = [*_as_list(config.callbacks), *always]
         for key in ("checkpoint", "best"):
             callback = self._get(self.config_init, key)
             callback.dirpath = callback.dirpath or os.path.join(run_dir, "checkpoints")
         return super().instantiate_trainer(**kwargs)
 
 
+def _as_list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [] if given is None else [given]
+
+
+def _settle(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint that it starts from."""
+    experiment = Path(config.trainer.default_root_dir or "runs") / config.name
+    given = Path(config.run_dir) if config.run_dir else None
+    checkpoint = Path(config.ckpt_path) if config.ckpt_path else None
+    if config.ckpt_path == "last":
+        checkpoint = newest_whole(
+            given.glob("checkpoints/*.ckpt") if given else experiment.glob("*/checkpoints/*.ckpt")
+        )
+        if checkpoint is None:
+            raise ValueError(f"ckpt_path=last: there is no whole checkpoint in {given or experiment}")
+    elif checkpoint and not checkpoint.exists():
+        raise ValueError(f"ckpt_path={config.ckpt_path!r}: no such file; `last` takes the newest of {experiment}")
+    if given:
+        resumes = checkpoint is not None and given.resolve() in checkpoint.resolve().parents
+        if (given / "config.yaml").exists() and not resumes:
+            raise ValueError(
+                f"run_dir={given} holds a run already: go on with it by --ckpt_path last, or choose another"
+            )
+        return given, checkpoint
+    if checkpoint and config.ckpt_path == "last" and subcommand == "fit":
+        return checkpoint.parent.parent, checkpoint  # goes on where the run is
+    return _new_run_dir(experiment, subcommand), checkpoint
+
+
 def _config_name(args: list[str]) -> str:
     """The name of the last config file on the command line, without its ending."""
     files = re.findall(r"(?:^|\n)(?:-c|--config)[\n=]([^\n]+)", "\n".join(args))
     return Path(files[-1]).stem if files else "run"
-
-
-def _last_checkpoint(folder: Path, is_run: bool) -> Path:
-    pattern = "checkpoints/*.ckpt" if is_run else "*/checkpoints/*.ckpt"
-    if (found := newest_whole(folder.glob(pattern))) is None:
-        raise ValueError(f"ckpt_path=last: there is no whole checkpoint in {folder}")
-    return found
 
 
 def _new_run_dir(experiment: Path, subcommand: str) -> Path:
@@ -189,7 +195,7 @@ def run(args: list[str] | None) -> None:
         lambda record: "Tip:" not in record.getMessage()
     )
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${data.init_args.seq_len} works in a config
-    before = os.environ.get(RUN_DIR_VARIABLE)
+    first_process = RUN_DIR not in os.environ
     try:
         ExperimentCLI(
             LightningModule,
@@ -204,5 +210,6 @@ def run(args: list[str] | None) -> None:
             args=args,
         )
     finally:  # a second run in this process gets a folder of its own
-        if before is None:
-            os.environ.pop(RUN_DIR_VARIABLE, None)
+        if first_process:
+            os.environ.pop(RUN_DIR, None)
+            os.environ.pop(CKPT_PATH, None)

@@ -83,6 +83,8 @@ class LanguageModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its per-step schedule."""
         max_steps = self.trainer.max_steps
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
+            max_steps = self.optim.warmup_steps + 1
         if max_steps < 1:
             raise ValueError(f"trainer.max_steps={max_steps}: the learning rate schedule needs the number of steps")
         # The fused update does its own unscaling in 16-mixed, where gradients must be unscaled before clipping.

@@ -12,6 +12,9 @@ class CompressionBaseline(Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.limit_val_batches != 1.0 or "val/bits_per_byte" not in trainer.callback_metrics:
+            rank_zero_info("no comparison with zlib: it needs a validation on all of the text, limit_val_batches: 1.0")
+            return
         data = trainer.datamodule  # type: ignore[attr-defined]
         text = data.tokenizer.decode(data.val.ids.tolist()).encode()
         zlib_bits = 8 * len(zlib.compress(text, 9)) / len(text)

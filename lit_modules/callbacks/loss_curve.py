@@ -15,6 +15,9 @@ class LossCurve(Callback):
         for logger in trainer.loggers:
             logger.save()
         run_dir = Path(trainer.default_root_dir)
+        if not (run_dir / "metrics.csv").exists():  # fast_dev_run, or a logger of the user's own
+            rank_zero_info("no loss curve: the run wrote no metrics.csv")
+            return
         draw(run_dir / "metrics.csv", run_dir / "loss.png")
         rank_zero_info(f"loss curve: {run_dir / 'loss.png'}")
 

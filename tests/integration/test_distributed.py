@@ -29,3 +29,14 @@ def test_two_processes_equal_one(corpus, tmp_path):
     weights = [torch.load(tmp_path / n / "checkpoints/step-00000008.ckpt", weights_only=True) for n in ("one", "two")]
     for name, tensor in weights[0]["state_dict"].items():
         torch.testing.assert_close(weights[1]["state_dict"][name], tensor, rtol=1e-9, atol=1e-9)
+
+    # A run that is only evaluated finds the newest checkpoint once, and all its processes use that one.
+    last = ["--ckpt_path=last", "--name=experiment", f"--trainer.default_root_dir={tmp_path}"]
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "two").rename(tmp_path / "experiment" / "run")
+    process = [sys.executable, "-m", "lit_modules.cli", "validate", *command[1:], *DDP, *last]
+    result = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (validated,) = (tmp_path / "experiment").glob("*-validate")
+    trained = rows(tmp_path / "experiment" / "run", "val/loss")[-1][1]
+    assert rows(validated, "val/loss")[-1][1] == pytest.approx(trained, rel=1e-9)

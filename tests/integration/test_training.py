@@ -345,3 +345,24 @@ def test_help_imports_nothing_heavy():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "tokenformer fit --config configs/language/quickstart.yaml" in result.stdout
     assert not {"torch", "lightning", "numpy", "jsonargparse"} & set(result.stdout.splitlines()[-1].split())
+
+
+def test_a_training_step_reads_nothing_from_the_device(corpus, tmp_path):
+    """Between two lines of the log no value is copied to the host: on a GPU each such read would wait for it."""
+    trainer = {"max_steps": 6, "log_every_n_steps": 6, "limit_val_batches": 0}
+    config = write_config(tmp_path, corpus, trainer=trainer, checkpoint={"every_n_train_steps": 6})
+    watch = "--trainer.callbacks=tests.integration.watch.CountReads"
+    main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), watch, "--model.config.scale=learned"])
+    from tests.integration.watch import CountReads
+
+    assert len(CountReads.ops_of_steps) == 6
+    assert all(ops > 100 for ops in CountReads.ops_of_steps)
+    assert CountReads.reads_of_steps[1:5] == [0] * 4  # the first one sets things up
+
+
+def test_fast_dev_run_of_the_quickstart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = str(ROOT / "configs/language/quickstart.yaml")
+    main(["fit", "--config", path, "--trainer.fast_dev_run=true", "--run_dir", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "sample.txt").exists()
+    assert not list(tmp_path.glob("**/*.ckpt"))
