@@ -1,6 +1,6 @@
 """Which initialisation, and what should tau do? Small models on real bytes, each at its own best learning rate.
 
-    python -m benchmarks.initialisation [--steps 300] [--seeds 3]
+    python -m benchmarks.initialisation [--steps 200] [--seeds 3]
 
 Every variant trains at every rate of the grid with seed 0, then at its best rate with the other seeds. All see the same
 batches of a seed: 16 sequences of 128 bytes of the standard library a step. Validation: 82 k held-out bytes.
@@ -53,7 +53,7 @@ def validation_bits(variant: str, rate: float, seed: int, steps: int) -> float:
 def main() -> None:
     """Run the grid and write benchmarks/results/initialisation.csv."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     rows: list[dict[str, object]] = []

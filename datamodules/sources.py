@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HEAD = 2**16  # bytes at either end of a file that go into its fingerprint
+FULL_READ = 2**32  # bytes of files that are read whole for their fingerprint: a few seconds' work
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class FileSource:
             elif path.suffix == ".jsonl":
                 with path.open(encoding="utf-8") as file:
                     for number, line in enumerate(file, 1):
+                        if not line.strip():
+                            continue
                         yield self._field(_parse(line, f"{path}:{number}"), f"{path}:{number}")
             else:
                 yield from self._parquet(path)
@@ -66,7 +68,8 @@ class FileSource:
         if self.form.text_field not in table.schema_arrow.names:
             self._field(dict.fromkeys(table.schema_arrow.names), str(path))
         for batch in table.iter_batches(batch_size=1024, columns=[self.form.text_field]):
-            yield from batch.column(0).to_pylist()
+            for text in batch.column(0).to_pylist():
+                yield self._field({self.form.text_field: text}, str(path))
 
     def _field(self, row: dict[str, Any], where: str) -> str:
         text = row.get(self.form.text_field)
@@ -75,14 +78,14 @@ class FileSource:
         return text
 
     def fingerprint(self) -> str:
-        """Changes when a file's name, size, beginning or end does."""
-        digest = hashlib.sha256()
+        """Changes when a file's name or contents do; of a corpus that takes long to read, its name, size or time."""
+        digest = hashlib.blake2b(digest_size=16)
+        read = sum(path.stat().st_size for path in self.files) <= FULL_READ
         for path in self.files:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                digest.update(f"{path.name} {size} ".encode() + file.read(HEAD))
-                file.seek(max(0, size - HEAD))
-                digest.update(file.read())
+            status = path.stat()
+            digest.update(f"{path.name} {status.st_size} {0 if read else status.st_mtime_ns} ".encode())
+            if read:
+                digest.update(path.read_bytes())
         return digest.hexdigest()
 
 

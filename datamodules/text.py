@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class TextDataModule(LightningDataModule):
         self.num_processes = num_processes or os.cpu_count() or 1
         self.predict_file = predict_file
         # Known before anything is read, since the model's embedding is built from it.
-        self.vocab_size = bpe_vocab_size if tokenizer == "bpe" else load_tokenizer(tokenizer).vocab_size
+        self.vocab_size = bpe_vocab_size if tokenizer == "bpe" else self.tokenizer.vocab_size
 
     @property
     def folder(self) -> Path:
@@ -119,10 +120,19 @@ class TextDataModule(LightningDataModule):
         return sources
 
     def prepare_data(self) -> None:
-        """Tokenize, unless it is done already."""
+        """Tokenize, unless it is done already. Tokens whose source is gone are used as they are, with a warning."""
+        if self.trainer is not None and self.trainer.predicting and self.tokenizer_name != "bpe":
+            return  # only the tokenizer is needed
+        try:
+            sources = self.sources()
+        except ValueError as error:
+            if not self.folder.exists():
+                raise
+            warnings.warn(f"{error}; the tokens in {self.folder} are used as they are", stacklevel=2)
+            return
         prepare(
             self.folder,
-            self.sources(),
+            sources,
             self.tokenizer_name,
             bpe_vocab_size=self.bpe_vocab_size,
             val_fraction=self.val_fraction,
@@ -195,7 +205,8 @@ class TrainLoader(DataLoader[Batch]):
 
     A sample is seq_len + 1 tokens, and the next begins at its last one. Every epoch of the stream holds each sample
     once, and batches run over from one epoch into the next, so no sample is lost or comes twice, whatever the number
-    of ranks and workers. `len` is the number of batches after which each sample has come at least once.
+    of ranks and workers. `len` is the number of batches after which each sample has come at least once; one iteration
+    hands out as many, from wherever the stream is (a trainer that resumes in the middle of an epoch takes fewer).
     """
 
     def __init__(
@@ -219,9 +230,7 @@ class TrainLoader(DataLoader[Batch]):
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        batches_done = self._stream.position // self._stream.global_batch
-        remaining = self._length - batches_done % self._length
-        for _, batch in zip(range(remaining), super().__iter__(), strict=False):
+        for _, batch in zip(range(self._length), super().__iter__(), strict=False):
             self._stream.position += self._stream.global_batch  # counts what was handed out, not what was prefetched
             yield batch
 
@@ -262,9 +271,8 @@ class _Stream(IterableDataset[Batch]):
         while True:
             positions = np.arange(start, start + self.batch_size)
             samples = sample_at(positions, self.num_samples, self.seed)
-            tokens = self.ids[samples[:, None] * self.seq_len + offsets].astype(np.int64)  # (B, T + 1)
-            sequences = torch.from_numpy(tokens)
-            yield sequences[:, :-1], sequences[:, 1:]
+            sequences = torch.from_numpy(self.ids[samples[:, None] * self.seq_len + offsets].astype(np.int64))
+            yield sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()  # (B, T): pinning needs them whole
             start += stride * self.global_batch
 
 

@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -131,8 +133,10 @@ def prepare(
             raise ValueError(f"token folder {folder} was made from other data ({shown}); delete it to tokenize again")
         return
 
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if leftovers := list(folder.parent.glob(f"{folder.name}.partial-*")):
+        warnings.warn(f"unless another process is writing them, delete what it left: {leftovers}", stacklevel=2)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
         _write(partial, sources, tokenizer_name, bpe_vocab_size, held_out, num_processes, recipe)
         try:
@@ -194,7 +198,10 @@ def _write(
                 "a larger data.val_fraction, or data.document_separator if a .txt file holds several documents"
             )
         if counts.documents == 0:
-            raise ValueError(f"the {name} split is empty: its source has no document with text")
+            raise ValueError(
+                f"the {name} split is empty"
+                + (f": its source has no document with text ({total} in the other splits)" if total else "")
+            )
     metadata = {
         "format": FORMAT,
         "dtype": dtype.name,
@@ -212,13 +219,15 @@ def _documents(sources: dict[str, Source], held_out: float) -> Iterator[tuple[st
     """(split, text) of every document that has any text."""
     for name, source in sources.items():
         for text in source.documents():
+            if not text.isascii():  # half of a surrogate pair is no text: JSON can hold it, UTF-8 and tokenizers can't
+                text = text.encode("utf-8", errors="replace").decode("utf-8")
             if text.strip():
                 yield "val" if name == "train" and _hash(text) < held_out else name, text
 
 
 def _hash(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
-    digest = hashlib.blake2b(text.encode("utf-8", errors="replace"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
@@ -273,5 +282,5 @@ def _encode(split: str, texts: list[str]) -> Encoded:
     for encoded in tokenizer.encode_batch(texts):
         ids += encoded
         ids.append(tokenizer.end_of_text)
-    num_bytes = sum(len(text.encode("utf-8", errors="replace")) for text in texts)
+    num_bytes = sum(len(text.encode()) for text in texts)
     return split, len(texts), num_bytes, np.array(ids, dtype=dtype).tobytes()

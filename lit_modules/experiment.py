@@ -16,15 +16,18 @@ from typing import Any, NoReturn
 import lightning
 from jsonargparse import Namespace, set_parsing_settings
 from lightning import LightningDataModule, LightningModule
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import datamodules.text  # noqa: F401  (makes its class known by its short name)
 import lit_modules.language  # noqa: F401
+from lit_modules import callbacks
 from lit_modules.callbacks import Checkpoint, PredictionWriter, Progress, Summary, Throughput
-from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, newest_whole
+from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole
 from lit_modules.loggers import ResumableCSVLogger
+from tokenformer import LMConfig
 
 # How the processes that Lightning starts for a run learn what its first process settled.
 RUN_DIR, CKPT_PATH = "TOKENFORMER_RUN_DIR", "TOKENFORMER_CKPT_PATH"
@@ -55,15 +58,17 @@ class ArgumentParser(LightningArgumentParser):
             super().error(message, ex)
         asked = re.search(r"(?:does not accept option '|Option '|[Kk]ey '|unrecognized arguments: -*)([\w.]+)", message)
         if asked and re.search(r"not accept|not expected|unrecognized", message):
-            key = asked[1].rsplit(".", 1)[-1]
-            near = get_close_matches(key, self._known_names(), n=1, cutoff=0.6)
-            message = f"unknown key {asked[1]!r}" + (f": did you mean {near[0]!r}?" if near else "")
+            key = asked[1]
+            whole = get_close_matches(key, [action.dest for action in self._actions], n=1, cutoff=0.9)
+            near = whole or get_close_matches(key.rsplit(".", 1)[-1], self._known_names(), n=1, cutoff=0.6)
+            message = f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else "")
         sys.stderr.write(f"error: {message}\n(`tokenformer COMMAND --help` lists all keys)\n")
         self.exit(2)
 
     def _known_names(self) -> list[str]:
         names = {action.dest for action in self._actions}
-        for known in (*LightningModule.__subclasses__(), *LightningDataModule.__subclasses__(), lightning.Trainer):
+        ours = (getattr(callbacks, name) for name in callbacks.__all__)
+        for known in (*LightningModule.__subclasses__(), *LightningDataModule.__subclasses__(), *ours):
             for parameter in inspect.signature(known).parameters.values():
                 names.add(parameter.name)
                 if dataclasses.is_dataclass(parameter.annotation):
@@ -103,7 +108,6 @@ class ExperimentCLI(LightningCLI):
             }
         )
         parser.link_arguments("data.vocab_size", "model.init_args.config.vocab_size", apply_on="instantiate")
-        parser.link_arguments("data.init_args.seq_len", "model.init_args.config.max_seq_len")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
         self._args = args
@@ -120,16 +124,26 @@ class ExperimentCLI(LightningCLI):
             return
         if RUN_DIR not in os.environ:
             run_dir, checkpoint = _settle(self.config.subcommand, config)
-            run_dir.mkdir(parents=True, exist_ok=True)
+            if _get_rank() in (None, 0):  # the others, where a launcher started them, hear of it from Lightning
+                run_dir.mkdir(parents=True, exist_ok=True)
             os.environ |= {RUN_DIR: str(run_dir), CKPT_PATH: str(checkpoint or "")}
         self._run_dir = os.environ[RUN_DIR]
         config.ckpt_path = os.environ[CKPT_PATH] or None
+        given_size = config.model.init_args.get("config", {}).get("vocab_size")
+        if given_size not in (None, LMConfig.vocab_size):
+            raise ValueError(
+                f"model.config.vocab_size={given_size}: leave it out, it is the tokenizer's; "
+                "model.config.vocab_multiple rounds the embedding up"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         config = self._get(self.config_init, "trainer")
         if self.subcommand == "prepare":
             return Trainer(logger=False, enable_checkpointing=False, barebones=True)
         run_dir = self._run_dir
+        # The saved config is of use again: it names neither this run's folder nor what it was resumed from.
+        saved = self.config[self.config.subcommand]
+        saved.run_dir = saved.ckpt_path = None
         kwargs["default_root_dir"] = run_dir
         if config.logger in (None, True) and not config.fast_dev_run:
             tensorboard = TensorBoardLogger(run_dir, name="", version="")
@@ -163,8 +177,10 @@ def _settle(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
             raise ValueError(f"ckpt_path=last: there is no whole checkpoint in {given or experiment}")
     elif checkpoint and not checkpoint.exists():
         raise ValueError(f"ckpt_path={config.ckpt_path!r}: no such file; `last` takes the newest of {experiment}")
+    elif checkpoint and checkpoint.is_file() and (problem := damage(checkpoint)):
+        raise ValueError(f"ckpt_path={config.ckpt_path!r}: {problem}; `last` takes the newest whole one")
     if given:
-        resumes = checkpoint is not None and given.resolve() in checkpoint.resolve().parents
+        resumes = subcommand == "fit" and checkpoint is not None and given.resolve() in checkpoint.resolve().parents
         if (given / "config.yaml").exists() and not resumes:
             raise ValueError(
                 f"run_dir={given} holds a run already: go on with it by --ckpt_path last, or choose another"
@@ -206,7 +222,7 @@ def run(args: list[str] | None) -> None:
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
             args=args,
         )
     finally:  # a second run in this process gets a folder of its own

@@ -1,9 +1,11 @@
 """Peak arithmetic rates of accelerators, for the model FLOPs utilisation (MFU)."""
 
+import re
+
 import torch
 
-# Dense matrix-product peaks in TFLOP/s, without sparsity, from the vendors' data sheets: (substring of the device's
-# name, 16-bit, tf32). The first match counts, so longer names come first.
+# Dense matrix-product peaks in TFLOP/s, without sparsity, from the vendors' data sheets: (words of the device's name,
+# 16-bit, tf32). The first match counts, so longer names come first.
 PEAKS = (
     ("B200", 2250.0, 1125.0),
     ("H200", 989.0, 494.5),
@@ -24,17 +26,18 @@ PEAKS = (
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s that a device can reach, or None where that is not known (CPUs, other devices, float64).
+    """FLOP/s that a device can reach, or None where that is not known (CPUs, float64, float32 without TF32, ...).
 
     Args:
         device_name: as `torch.cuda.get_device_name` tells it.
         precision: Lightning's name: `bf16-mixed`, `16-true`, `32-true`, ...
     """
     for name, half, single in PEAKS:
-        if name.lower() in device_name.lower():
+        if re.search(rf"\b{name}\b", device_name):
             if precision.startswith(("16", "bf16")):
                 return half * 1e12
-            return single * 1e12 if precision.startswith("32") else None
+            tf32 = precision.startswith("32") and torch.get_float32_matmul_precision() != "highest"
+            return single * 1e12 if tf32 else None
     return None
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
 
 from lit_modules.loggers import is_log_step
 from lit_modules.optim import OptimConfig, adamw, lr_scheduler
@@ -46,15 +46,14 @@ class LanguageModule(LightningModule):
         self.compile_blocks, self.checkpoint_activations = compile, checkpoint_activations
         self.save_hyperparameters({"config": asdict(self.config), "optim": asdict(self.optim)})
         self.model: TokenFormerLM | None = None
-        self.val_nats, self.val_entropy = MeanMetric().set_dtype(torch.float64), MeanMetric().set_dtype(torch.float64)
         self._losses: list[Tensor] = []  # of the batches of this optimizer step
         self._grad_norm: Tensor | None = None
         self._lr = 0.0  # of this optimizer step; its scheduler moves on before the log is written
 
-    @property
-    def flops_per_token(self) -> int:
-        """Training FLOPs per token at the present size: forward and twice that for backward, no recomputation."""
-        return 3 * self.config.flops_per_token()
+    def training_flops(self, batch: Batch) -> int:
+        """FLOPs that a batch costs at the model's present size: forward, and twice that for backward."""
+        ids, _ = batch
+        return 3 * ids.numel() * self._model.flops_per_token(ids.shape[1])
 
     def configure_model(self) -> None:
         """Build the model; here and not before, so that it is made on its device and in its precision."""
@@ -80,6 +79,14 @@ class LanguageModule(LightningModule):
                 f"data.seq_len={data.seq_len} is longer than model.config.max_seq_len={self.config.max_seq_len}"
             )
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to train on from averaged weights with the optimizer state of others."""
+        if "current_model_state" not in checkpoint or self._trainer is None or not self.trainer.training:
+            return
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, WeightAveraging) for callback in callbacks):
+            raise ValueError("the checkpoint was trained with EMA, this run is not: add --trainer.callbacks+=EMA")
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its per-step schedule."""
         max_steps = self.trainer.max_steps
@@ -96,6 +103,7 @@ class LanguageModule(LightningModule):
         """After a resume the configured rates hold, not those that the checkpoint brought along."""
         (optimizer,), (scheduler,) = self.trainer.optimizers, (c.scheduler for c in self.trainer.lr_scheduler_configs)
         assert isinstance(scheduler, LambdaLR)
+        self._step = self.trainer.global_step
         scheduler.base_lrs = [self.optim.lr for _ in scheduler.base_lrs]
         rate = self.optim.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
         for group, weight_decay in zip(optimizer.param_groups, (self.optim.weight_decay, 0.0), strict=True):
@@ -123,8 +131,9 @@ class LanguageModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log, when an optimizer step is done and it is time; other steps read nothing from the device."""
-        if len(self._losses) < self.trainer.accumulate_grad_batches:
+        if self.trainer.global_step == self._step:  # still accumulating
             return
+        self._step = self.trainer.global_step
         if is_log_step(self.trainer):
             loss = torch.stack(self._losses).mean()
             self.log("train/loss", loss, sync_dist=True)
@@ -141,11 +150,22 @@ class LanguageModule(LightningModule):
         """Add the batch to the sums."""
         self._evaluate(batch)
 
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums anew."""
+        self._start_sums()
+
+    def on_test_epoch_start(self) -> None:
+        """Start the sums anew."""
+        self._start_sums()
+
+    def _start_sums(self) -> None:
+        # Plain sums, since torchmetrics' weighted mean either leaves out NaN or forgets the weights (1.9).
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        self._sums = torch.zeros(3, dtype=wide, device=self.device)  # nats, entropy, tokens
+
     def _evaluate(self, batch: Batch) -> None:
         nats, entropy = self._model.nats_and_entropy(*batch)
-        counts = (batch[1] != -100).double()
-        self.val_nats.update(nats.double(), counts)
-        self.val_entropy.update(entropy.double(), counts)
+        self._sums += torch.stack([x.to(self._sums.dtype).sum() for x in (nats, entropy, batch[1] != -100)])
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all tokens of all ranks."""
@@ -156,9 +176,9 @@ class LanguageModule(LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
-        nats, entropy = self.val_nats.compute(), self.val_entropy.compute()
-        self.val_nats.reset()
-        self.val_entropy.reset()
+        sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        assert isinstance(sums, Tensor)
+        nats, entropy = sums[:2] / sums[2]
         metrics = {"loss": nats, "perplexity": nats.exp(), "entropy": entropy}
         split = getattr(getattr(self.trainer, "datamodule", None), stage, None)
         if split is not None:

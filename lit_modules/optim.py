@@ -19,10 +19,10 @@ class OptimConfig:
         betas: AdamW's decay rates of the first and second moment.
         eps: AdamW's epsilon.
         weight_decay: of parameter tokens, linear weights and embeddings; norms and learned taus have none.
-        schedule: cosine (warm-up, then down to `min_lr_ratio` at the last step), wsd (warm-up, stable, then linearly
-            down over the last `decay_fraction` of all steps) or constant (warm-up, then level).
+        schedule: cosine (warm-up, then down to `min_lr_ratio` when all steps are done), wsd (warm-up, stable, then
+            linearly down over the last `decay_fraction` of all steps) or constant (warm-up, then level).
         warmup_steps: steps over which the rate rises linearly from 0.
-        min_lr_ratio: rate at the end over `lr`, for cosine and wsd.
+        min_lr_ratio: rate over `lr` when all steps are done, for cosine and wsd.
         decay_fraction: part of all steps in which wsd goes down.
     """
 
@@ -70,12 +70,19 @@ def lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max_step
     Raises:
         ValueError: when warm-up and decay don't fit into `max_steps`.
     """
-    if config.schedule != "constant" and config.warmup_steps >= max_steps:
+    decay = decay_steps(config, max_steps) if config.schedule == "wsd" else 0
+    if config.schedule != "constant" and config.warmup_steps + decay >= max_steps + (decay > 0):
+        rest = f" and the {decay} steps of optim.decay_fraction={config.decay_fraction}" if decay else ""
         raise ValueError(
-            f"optim.warmup_steps={config.warmup_steps} of trainer.max_steps={max_steps} leaves no step after the "
-            "warm-up: lower optim.warmup_steps"
+            f"optim.warmup_steps={config.warmup_steps}{rest} don't fit into trainer.max_steps={max_steps}: "
+            "lower optim.warmup_steps"
         )
     return LambdaLR(optimizer, lr_factor(config, max_steps))
+
+
+def decay_steps(config: OptimConfig, max_steps: int) -> int:
+    """Steps in which wsd goes down."""
+    return max(1, round(config.decay_fraction * max_steps))
 
 
 def lr_factor(config: OptimConfig, max_steps: int) -> Callable[[int], float]:
@@ -90,7 +97,7 @@ def lr_factor(config: OptimConfig, max_steps: int) -> Callable[[int], float]:
         if config.schedule == "cosine":
             progress = min(1.0, (step - warmup) / (max_steps - warmup))
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-        decay = max(1, round(config.decay_fraction * max_steps))
+        decay = decay_steps(config, max_steps)
         progress = min(1.0, max(0.0, (step - (max_steps - decay)) / decay))
         return 1 - (1 - floor) * progress
 

@@ -29,6 +29,11 @@ def shared_data():
     return SHARED_DATA
 
 
+def same_threads() -> dict[str, str]:
+    """Environment for a process that is to compute the same bits as this one."""
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
 def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> list[str]:
     """A .jsonl of short made-up documents that a model can learn something from; returns their texts."""
     import json

@@ -64,5 +64,11 @@ class TokenFormerLM(nn.Module):
         return nats.view_as(targets), entropy.view_as(targets)
 
     def num_params(self) -> int:
-        """Trainable parameters now, growth included."""
+        """Parameters as the model is now, growth included."""
         return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs as the model is now, growth included; counted as in :meth:`LMConfig.flops_per_token`."""
+        matrices = sum(p.numel() for p in self.backbone.blocks.parameters() if p.ndim == 2)
+        between_tokens = 4 * self.config.depth * self.config.dim * seq_len
+        return 2 * matrices + between_tokens + 2 * self.config.vocab_size * self.config.dim

@@ -16,8 +16,8 @@ from tokenformer.pattention import autocast_dtype
 
 IGNORE = -100  # a target that does not count
 
-# Logits of one block: 128 MiB in float32.
-BLOCK_LOGITS = 2**25
+# Logits of one block: 128 MiB in float32. And its rows: their gradients must not add up past float16's range.
+BLOCK_LOGITS, BLOCK_ROWS = 2**25, 2**13
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -40,13 +40,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward pass; the backward pass only multiplies them by the incoming one."""
+    """Computes the gradients in the forward pass, as of a sum; the backward pass multiplies them by the incoming one.
+
+    They are kept as of a sum, and multiplied in float32, because in float16 a mean's would vanish before the loss
+    scale could lift them.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        num_targets = (targets != IGNORE).sum()
+        num_targets = (targets != IGNORE).sum().to(wide)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
@@ -58,22 +62,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total -= log_probs.gather(1, index).squeeze(1).where(counts, 0).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            grad = log_probs.exp_()  # (rows, V), in place: softmax - one-hot, over the number of targets
+            grad = log_probs.exp_()  # (rows, V), in place: softmax - one-hot where the target counts
             grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
-            grad.mul_(counts.unsqueeze(1).to(wide) / num_targets)
-            grad = grad.to(hidden.dtype)
+            grad = grad.mul_(counts.unsqueeze(1)).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, grad_weight, num_targets)
+        ctx.dtypes = hidden.dtype, weight.dtype
         return total / num_targets
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = ctx.saved_tensors
-        return *(None if grad is None else grad * grad_loss.to(grad.dtype) for grad in grads), None
+        *grads, num_targets = ctx.saved_tensors
+        factor = grad_loss / num_targets
+        scaled = (
+            None if grad is None else (grad.to(factor.dtype) * factor).to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
+        return *scaled, None
 
 
 @torch.no_grad()
@@ -91,5 +100,5 @@ def token_nats_and_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> t
 
 
 def _blocks(num_rows: int, vocab_size: int) -> list[slice]:
-    size = max(1, BLOCK_LOGITS // vocab_size)
+    size = max(1, min(BLOCK_LOGITS // vocab_size, BLOCK_ROWS))
     return [slice(start, start + size) for start in range(0, num_rows, size)]

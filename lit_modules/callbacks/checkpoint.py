@@ -14,9 +14,28 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class Checkpoint(ModelCheckpoint):
-    """ModelCheckpoint that also saves at the last step, whatever `every_n_train_steps` is."""
+    """ModelCheckpoint that also saves at the last step, and after the validation of a step instead of before it.
+
+    So a run that is killed while it validates makes that validation again, and its log has it.
+    """
+
+    _deferred: tuple[Any, ...] | None = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        if trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._deferred = args
+        else:
+            self._save(trainer, pl_module, args)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if self._deferred is not None:
+            args, self._deferred = self._deferred, None
+            self._save(trainer, pl_module, args)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, args: tuple[Any, ...]) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
         if trainer.global_step == trainer.max_steps and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -24,6 +24,7 @@ class Progress(ProgressBar):
         super().__init__()
         self._bar: tqdm[Any] | None = None
         self._enabled = True
+        self._stale = False
 
     def disable(self) -> None:
         self._enabled = False
@@ -46,21 +47,32 @@ class Progress(ProgressBar):
             )
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:  # type: ignore[override]
-        if self._bar is None or trainer.global_step == self._bar.n:
-            return
-        if is_log_step(trainer):
+        if self._bar is not None and trainer.global_step != self._bar.n:
+            self._bar.update(trainer.global_step - self._bar.n)
+            self._stale = is_log_step(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:  # type: ignore[override]
+        self._show(trainer)
+
+    def _show(self, trainer: Trainer) -> None:
+        """After the whole step: the module logs when the callbacks have had their turn."""
+        if self._bar is not None and self._stale:
             metrics = trainer.callback_metrics
             figures = {name: form.format(float(metrics[key])) for key, (name, form) in SHOWN.items() if key in metrics}
             self._bar.set_postfix(figures, refresh=False)
-        self._bar.update(trainer.global_step - self._bar.n)
+            self._stale = False
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:  # type: ignore[override]
+        self._show(trainer)
+        self._close()
+
+    def on_exception(self, *_: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-    def on_exception(self, *_: Any) -> None:
-        self.on_train_end()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         tqdm.write(" ".join(map(str, args)), file=sys.stderr)

@@ -29,11 +29,12 @@ class SampleText(Callback):
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        prompt = torch.tensor(tokenizer.encode_batch([self.prompt]), device=pl_module.device)
+        (ids,) = tokenizer.encode_batch([self.prompt])
+        prompt = torch.tensor([[tokenizer.end_of_text, *ids]], device=pl_module.device)  # a new document begins
         generator = torch.Generator(pl_module.device).manual_seed(self.seed)
         pl_module.eval()
-        ids = generate(pl_module.model, prompt, self.max_new_tokens, self.temperature, generator=generator)
-        text = tokenizer.decode(ids[0].tolist())
+        written = generate(pl_module.model, prompt, self.max_new_tokens, self.temperature, generator=generator)
+        text = tokenizer.decode(written[0].tolist())
         path = Path(trainer.default_root_dir) / "sample.txt"
         path.write_text(text, encoding="utf-8")
         shown = "\n".join(f"  | {line}" for line in text.splitlines()[:12])

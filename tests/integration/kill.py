@@ -7,11 +7,17 @@ from lightning import Callback
 
 
 class KillAt(Callback):
-    """SIGKILL after an optimizer step, while everything that the log has not flushed is lost."""
+    """SIGKILL after an optimizer step, or in the middle of the validation that follows it."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, validating: bool = False) -> None:
+        self.step, self.validating = step, validating
 
     def on_train_batch_end(self, trainer, *_) -> None:
-        if trainer.global_step == self.step:
+        self.kill(trainer, now=not self.validating)
+
+    def on_validation_batch_end(self, trainer, *_) -> None:
+        self.kill(trainer, now=self.validating)
+
+    def kill(self, trainer, now: bool) -> None:
+        if now and trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)

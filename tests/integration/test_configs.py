@@ -77,8 +77,8 @@ def test_config_has_a_header_and_a_comment_on_every_key(path):
 
 def model_config(path, vocab_size):
     given = yaml.safe_load(path.read_text())
-    config = given["model"]["init_args"]["config"]
-    return LMConfig(**config, vocab_size=vocab_size, max_seq_len=given["data"]["init_args"]["seq_len"])
+    config = given["model"]["init_args"]["config"] | {"max_seq_len": given["data"]["init_args"]["seq_len"]}
+    return LMConfig(**config, vocab_size=vocab_size)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

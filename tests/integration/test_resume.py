@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_modules.cli import main
-from tests.conftest import ROOT
+from tests.conftest import ROOT, same_threads
 from tests.integration.test_training import rows, write_config
 
 # 90 batches an epoch of 2 micro-batches of 4: 12 steps are 24 batches, so the kill comes in the middle of an epoch;
@@ -32,13 +32,16 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_killed_and_resumed_equals_uninterrupted(corpus, tmp_path, options):
+    validating = "EMA" in str(options)
+    step = 8 if validating else 7
     config = write_config(tmp_path, corpus, trainer={"max_steps": 12, "log_every_n_steps": 1})
     command = ["fit", "--config", str(config), *options]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     main([*command, "--run_dir", str(whole)])
-    kill = ["--trainer.callbacks+=tests.integration.kill.KillAt", "--trainer.callbacks.step=7"]
+    kill = ["--trainer.callbacks+=tests.integration.kill.KillAt", f"--trainer.callbacks.step={step}"]
+    kill += [f"--trainer.callbacks.validating={str(validating).lower()}"]
     process = [sys.executable, "-m", "lit_modules.cli", *command, *kill, "--run_dir", str(killed)]
-    assert subprocess.run(process, cwd=ROOT, capture_output=True, check=False).returncode == -9
+    assert subprocess.run(process, cwd=ROOT, env=same_threads(), capture_output=True, check=False).returncode == -9
     assert [path.name for path in (killed / "checkpoints").glob("step-*")] == ["step-00000004.ckpt"]
     main([*command, "--run_dir", str(killed), "--ckpt_path", "last"])
 
@@ -153,3 +156,34 @@ def test_a_checkpoint_with_code_in_it_is_refused(corpus, tmp_path):
                 str(tmp_path / "bad.ckpt"),
             ]
         )
+
+
+def test_average_is_not_trained_on_as_if_it_were_the_weights(corpus, tmp_path):
+    config = write_config(tmp_path, corpus, trainer={"max_steps": 4})
+    command = ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--model.optim.schedule=constant"]
+    main([*command, "--trainer.callbacks=EMA"])
+    with pytest.raises(ValueError, match="trained with EMA, this run is not: add"):
+        main([*command, "--ckpt_path=last", "--trainer.max_steps=8"])
+    main([*command, "--ckpt_path=last", "--trainer.max_steps=8", "--trainer.callbacks=EMA"])
+
+
+def test_resume_with_other_batches_loses_and_repeats_nothing(corpus, tmp_path):
+    """From 4 sequences and 2 batches a step to 2 sequences and 4 batches: the same steps, so the same losses."""
+    config = write_config(tmp_path, corpus, trainer={"max_steps": 12, "log_every_n_steps": 1, "limit_val_batches": 0})
+    command = ["fit", "--config", str(config), "--trainer.precision=64-true", "--data.seq_len=128"]
+    first = ["--data.batch_size=4", "--trainer.accumulate_grad_batches=2"]
+    main([*command, *first, "--run_dir", str(tmp_path / "whole")])
+    checkpoint = tmp_path / "whole/checkpoints/step-00000008.ckpt"
+    other = ["--data.batch_size=2", "--trainer.accumulate_grad_batches=4"]
+    main([*command, *other, "--run_dir", str(tmp_path / "other"), "--ckpt_path", str(checkpoint)])
+    for column in ("train/loss", "train/grad_norm", "train/tokens"):
+        expected = [value for _, value in rows(tmp_path / "whole", column)[8:]]
+        assert [value for _, value in rows(tmp_path / "other", column)] == pytest.approx(expected, rel=1e-9), column
+
+
+def test_a_truncated_checkpoint_that_was_asked_for_is_named(finished, tmp_path):
+    config, run_dir = finished
+    path = run_dir / "checkpoints/step-00000008.ckpt"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="step-00000008.ckpt'.*truncated.*`last` takes the newest whole one"):
+        main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "new"), "--ckpt_path", str(path)])

@@ -83,7 +83,8 @@ def test_logged_metrics_are_right(trained):
     assert rows(run_dir, "train/mfu") == [] if not torch.cuda.is_available() else True  # a CPU's peak is not known
     tokens = 4 * 32
     assert rows(run_dir, "train/tokens") == [(step, tokens * (step + 1)) for step in steps]
-    flops = LanguageModule.load_from_checkpoint(run_dir / "checkpoints/step-00000008.ckpt").flops_per_token
+    module = LanguageModule.load_from_checkpoint(run_dir / "checkpoints/step-00000008.ckpt")
+    flops = 3 * module.config.flops_per_token(32)
     assert rows(run_dir, "train/flops") == [(step, tokens * (step + 1) * flops) for step in steps]
     losses = dict(rows(run_dir, "val/loss"))
     assert list(losses) == [3, 7]
@@ -137,6 +138,22 @@ def test_validate_and_test_repeat_the_loss(trained, tmp_path, capsys):
     assert "bits_per_byte" in capsys.readouterr().out
 
 
+def test_later_commands_leave_the_run_alone(trained, tmp_path, monkeypatch):
+    """The commands that the summary suggests."""
+    monkeypatch.chdir(tmp_path)
+    _, run_dir = trained
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    best = str(run_dir / "checkpoints/best-step-00000008.ckpt")
+    main(["validate", "--config", str(run_dir / "config.yaml"), "--ckpt_path", best])
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    assert len(list((tmp_path / "runs" / "tiny").glob("*-validate"))) == 1
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert saved["run_dir"] is None
+    assert saved["ckpt_path"] is None
+    with pytest.raises(ValueError, match="holds a run already"):
+        main(["validate", "--config", str(run_dir / "config.yaml"), "--ckpt_path", best, "--run_dir", str(run_dir)])
+
+
 def test_predict_writes_the_loss_of_every_token(trained, tmp_path):
     _, run_dir = trained
     text = tmp_path / "text.txt"
@@ -166,14 +183,13 @@ def test_a_checkpoint_loads_without_its_config_and_runs_no_code(trained):
 
 
 def test_the_saved_config_starts_the_same_run_again(trained, tmp_path):
-    config, run_dir = trained
+    _, run_dir = trained
     again = tmp_path / "again"
     main(["fit", "--config", str(run_dir / "config.yaml"), "--run_dir", str(again)])
     for column in ("train/loss", "val/loss"):
         assert rows(again, column) == rows(run_dir, column)
     saved = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (run_dir, again)]
-    assert saved[0] | {"run_dir": None} == saved[1] | {"run_dir": None}
-    assert config.exists()
+    assert saved[0] == saved[1]
 
 
 def printed_config(capsys, *args):
@@ -278,7 +294,9 @@ BAD = [
     (["--data.seq_len", "100000"], ValueError, "data.seq_len=100000 needs at least 100001"),
     (["--model.config.num_heads", "5"], ValueError, "num_heads=5 does not divide dim=32: the nearest that does is 4"),
     (["--model.config.rotary_fraction", "0.2"], ValueError, "rotary_fraction=0.2 of head_dim=16.*even number"),
-    (["--model.optim.warmup_steps", "8"], ValueError, "optim.warmup_steps=8 of trainer.max_steps=8"),
+    (["--model.optim.warmup_steps", "8"], ValueError, "optim.warmup_steps=8 don't fit into trainer.max_steps=8"),
+    (["--model.config.vocab_size", "100"], ValueError, "vocab_size=100: leave it out, it is the tokenizer's"),
+    (["--data.seq_len", "64", "--model.config.max_seq_len", "32"], ValueError, "data.seq_len=64 is longer than"),
     (["--model.optim.lr", "0"], ValueError, "optim.lr=0"),
     (["--trainer.callbacks=EMA", "--trainer.precision=bf16-true"], ValueError, "use bf16-mixed"),
     (["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"], ValueError, "trainer.max_steps=-1"),
@@ -286,7 +304,7 @@ BAD = [
     (["--ckpt_path", "last"], ValueError, "there is no whole checkpoint in"),
     (["--model.optim.lrr", "1"], SystemExit, "unknown key 'optim.lrr': did you mean 'lr'"),
     (["--data.sed_len", "1"], SystemExit, "unknown key 'sed_len': did you mean 'seq_len'"),
-    (["--trainer.max_stepz", "1"], SystemExit, "unknown key 'trainer.max_stepz': did you mean 'max_steps'"),
+    (["--trainer.max_step", "1"], SystemExit, "unknown key 'trainer.max_step': did you mean 'trainer.max_steps'"),
 ]
 
 
@@ -366,3 +384,23 @@ def test_fast_dev_run_of_the_quickstart(tmp_path, monkeypatch):
     main(["fit", "--config", path, "--trainer.fast_dev_run=true", "--run_dir", str(tmp_path / "run")])
     assert (tmp_path / "run" / "sample.txt").exists()
     assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+def test_a_shorter_last_step_is_logged_as_its_own(corpus, tmp_path):
+    """Five batches an epoch, two a step: the third step of an epoch has one batch, and the next starts anew."""
+    config = write_config(tmp_path, corpus, trainer={"log_every_n_steps": 1, "max_steps": 6, "limit_train_batches": 5})
+    more = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=5"]
+    main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), *more])
+    assert [tokens for _, tokens in rows(tmp_path / "run", "train/tokens")] == [128 * n for n in (2, 4, 5, 7, 9, 10)]
+    losses = [loss for _, loss in rows(tmp_path / "run", "train/loss")]
+    assert len(set(losses)) == 6
+
+
+def test_a_nan_is_not_left_out_of_the_validation_loss(trained, tmp_path):
+    _, run_dir = trained
+    saved = torch.load(run_dir / "checkpoints/step-00000008.ckpt", weights_only=True)
+    saved["state_dict"]["model.embedding.weight"][ord("q")] = float("nan")  # a rare letter
+    torch.save(saved, tmp_path / "nan.ckpt")
+    arguments = ["--config", str(run_dir / "config.yaml"), "--ckpt_path", str(tmp_path / "nan.ckpt")]
+    main(["validate", *arguments, "--run_dir", str(tmp_path / "v")])
+    assert math.isnan(rows(tmp_path / "v", "val/loss")[0][1])

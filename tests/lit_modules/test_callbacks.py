@@ -2,13 +2,14 @@
 
 import csv
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from lit_modules.callbacks import EMA
+from lit_modules.callbacks import EMA, Throughput
 from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole
 from lit_modules.hardware import peak_flops
 from lit_modules.loggers import ResumableCSVLogger
@@ -58,7 +59,9 @@ def test_ema_decay_must_be_below_one():
         ("NVIDIA H200", "bf16-mixed", 989e12),
         ("NVIDIA H100 PCIe", "bf16-true", 756e12),
         ("NVIDIA H100 80GB HBM3", "16-mixed", 989e12),
-        ("NVIDIA A100-SXM4-80GB", "32-true", 156e12),
+        ("NVIDIA A100-SXM4-80GB", "32-true", None),  # TF32 is off by default
+        ("NVIDIA RTX A1000", "bf16-mixed", None),
+        ("NVIDIA L40", "bf16-mixed", None),
         ("NVIDIA L40S", "bf16-mixed", 362e12),
         ("NVIDIA L4", "bf16-mixed", 121e12),
         ("NVIDIA H200", "64-true", None),
@@ -68,6 +71,41 @@ def test_ema_decay_must_be_below_one():
 )
 def test_peak_rates(device, precision, expected):
     assert peak_flops(device, precision) == expected
+
+
+def test_tf32_has_a_peak_when_it_is_on():
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert peak_flops("NVIDIA A100-SXM4-80GB", "32-true") == 156e12
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_speed_counts_waiting_for_data_and_not_validation_or_saving(monkeypatch):
+    """A step of 100 tokens: 1 s for its batch, 2 s of work. After the first, 50 s of validation, 7 s of saving."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("lit_modules.callbacks.throughput.time.perf_counter", lambda: clock.now)
+    logged = []
+    module = SimpleNamespace(
+        device=torch.device("cpu"), training_flops=lambda batch: 5 * batch[0].numel(), log_dict=logged.append
+    )
+    trainer = SimpleNamespace(global_step=0, world_size=2, log_every_n_steps=2, precision="32-true")
+    speed = Throughput()
+    speed.on_train_start(trainer, module)
+    for step in range(4):
+        clock.now += 1
+        speed.on_train_batch_start()
+        clock.now += 2
+        trainer.global_step += 1
+        speed.on_train_batch_end(trainer, module, None, (torch.zeros(1, 100), None), step)
+        if step == 0:
+            speed.on_validation_start()
+            clock.now += 50
+            speed.on_save_checkpoint()
+            clock.now += 7
+    # 2 steps of 200 tokens in 6 s; what is between the pause and the next batch's start counts as pause
+    assert [row["train/tokens_per_second"] for row in logged] == pytest.approx([400 / 5, 400 / 6])
+    assert [row["train/flops"] for row in logged] == [2000, 4000]
 
 
 def log_steps(folder, steps, **extra):

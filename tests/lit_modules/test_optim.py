@@ -56,6 +56,16 @@ def test_wsd_is_level_and_goes_down_at_the_end():
     assert factor(100) == 0.0
 
 
+def test_phases_that_do_not_fit_are_refused():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    wsd = OptimConfig(schedule="wsd", warmup_steps=50, decay_fraction=0.9)
+    with pytest.raises(ValueError, match=r"warmup_steps=50 and the 90 steps of optim\.decay_fraction=0\.9 don't fit"):
+        lr_scheduler(optimizer, wsd, 100)
+    lr_scheduler(optimizer, OptimConfig(schedule="wsd", warmup_steps=10, decay_fraction=0.9), 100)
+    with pytest.raises(ValueError, match="warmup_steps=100 don't fit into trainer.max_steps=100"):
+        lr_scheduler(optimizer, OptimConfig(warmup_steps=100), 100)
+
+
 def test_constant_stays():
     factor = lr_factor(OptimConfig(schedule="constant", warmup_steps=1), max_steps=10)
     assert [factor(step) for step in (0, 1, 10, 1000)] == [0.5, 1.0, 1.0, 1.0]

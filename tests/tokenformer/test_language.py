@@ -112,6 +112,7 @@ def test_flops_are_those_of_the_model(variant):
     with FlopCounterMode(display=False) as counter:
         model(ids)
     assert counter.get_total_flops() == 3 * 16 * variant.flops_per_token(16)
+    assert model.flops_per_token(16) == variant.flops_per_token(16)
 
 
 def test_training_takes_three_times_the_forward_flops():
@@ -184,6 +185,25 @@ def test_loss_follows_autocast():
     assert loss.dtype == torch.float32
     assert abs(loss - exact) < 1e-2
     assert model.embedding.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_tokens", [40, 4000])
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_float16_gradients_survive_the_loss_scale(num_tokens, scale):
+    from tokenformer.loss import linear_cross_entropy
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(num_tokens, 32), torch.randn(300, 32) * 0.1
+    targets = torch.randint(0, 300, (num_tokens,))
+    exact = [t.clone().requires_grad_() for t in (hidden, weight)]
+    F.cross_entropy(exact[0] @ exact[1].T, targets).backward()
+    ours = [t.clone().requires_grad_() for t in (hidden, weight)]
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = linear_cross_entropy(*ours, targets)
+    (loss * scale).backward()
+    for mine, right in zip(ours, exact, strict=True):
+        error = (mine.grad / scale - right.grad).norm() / right.grad.norm()
+        assert error < (3e-3 if scale > 1 else 5e-2)
 
 
 def test_loss_never_holds_the_full_logits():
@@ -275,7 +295,9 @@ def test_growing_a_model_is_exact(name):
     grow(model, proj=32, ffn=128)
     assert torch.allclose(model(ids), before, rtol=1e-12, atol=1e-14)
     sizes = {"qkv_tokens": 32, "proj_tokens": 32, "ffn_tokens": 128}
-    assert model.num_params() == LMConfig(**TINY | sizes, scale=name).num_params()
+    grown = LMConfig(**TINY | sizes, scale=name)
+    assert model.num_params() == grown.num_params()
+    assert model.flops_per_token(16) == grown.flops_per_token(16)
     small = TokenFormerLM(LMConfig(**TINY, scale=name)).double()
     small.load_state_dict(model.state_dict())
     assert torch.equal(small(ids), model(ids))
