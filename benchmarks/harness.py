@@ -45,7 +45,7 @@ def machine() -> dict[str, str]:
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "cpu": f"{cpu or platform.machine()}, {torch.get_num_threads()} threads",
         "accelerator": accelerator,
         "torch": torch.__version__,
