@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_modules.loggers import is_log_step
 from lit_modules.optim import OptimConfig, adamw, lr_scheduler
 from tokenformer import LMConfig, TokenFormerLM
+from tokenformer.loss import IGNORE
 
-Batch = tuple[Tensor, Tensor]  # input_ids (B, T), targets (B, T), -100 where a target does not count
+Batch = tuple[Tensor, Tensor]  # input_ids (B, T), targets (B, T), IGNORE where a target does not count
 
 
 class LanguageModule(LightningModule):
@@ -165,7 +166,7 @@ class LanguageModule(LightningModule):
 
     def _evaluate(self, batch: Batch) -> None:
         nats, entropy = self._model.nats_and_entropy(*batch)
-        self._sums += torch.stack([x.to(self._sums.dtype).sum() for x in (nats, entropy, batch[1] != -100)])
+        self._sums += torch.stack([x.to(self._sums.dtype).sum() for x in (nats, entropy, batch[1] != IGNORE)])
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all tokens of all ranks."""
@@ -188,7 +189,7 @@ class LanguageModule(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Id, cross-entropy and entropy, in nats, of every target that counts."""
         nats, entropy = self._model.nats_and_entropy(*batch)
-        counts = batch[1] != -100
+        counts = batch[1] != IGNORE
         return {"id": batch[1][counts], "nats": nats[counts], "entropy": entropy[counts]}
 
     @property

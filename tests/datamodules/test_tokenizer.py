@@ -1,0 +1,59 @@
+"""Text to ids and back."""
+
+import numpy as np
+import pytest
+
+from datamodules.text import TextDataModule
+from datamodules.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from tests.datamodules.conftest import documents_of, module
+
+
+def test_bytes_are_utf8_and_an_end_of_text():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode_batch(["é"]) == [[0xC3, 0xA9]]
+    assert tokenizer.decode([0xC3, 0xA9, tokenizer.end_of_text]) == "é"
+    assert tokenizer.vocab_size == 257
+
+
+def test_bpe_is_trained_on_the_training_documents_and_used_again(corpus, tmp_path):
+    data = module(corpus, tmp_path, tokenizer="bpe", bpe_vocab_size=300)
+    data.prepare_data()
+    data.prepare_data()
+    data.setup("fit")
+    assert data.vocab_size == data.tokenizer.vocab_size == 300
+    texts = documents_of(data.train.ids, data.tokenizer) + documents_of(data.val.ids, data.tokenizer)
+    assert sorted(texts) == sorted(corpus[1])
+    assert len(data.train.ids) < 0.7 * data.train.split.bytes
+    assert data.train.ids.dtype == np.uint16
+
+
+def test_special_tokens_in_a_text_are_ordinary_text():
+    tokenizer = train_bpe(["some text"], 270)
+    text = "a <|endoftext|> b"
+    (ids,) = tokenizer.encode_batch([text])
+    assert tokenizer.end_of_text not in ids
+    assert tokenizer.decode(ids) == text
+    with pytest.raises(ValueError, match="bpe_vocab_size=100"):
+        train_bpe(["x"], 100)
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*not a tokenizer"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "end", "wikitext_tokens"), [("gpt-neox-20b", 50277, 0, 22164), ("gpt2", 50257, 50256, 21779)]
+)
+def test_published_tokenizers_on_real_text(shared_data, tmp_path, name, vocab_size, end, wikitext_tokens):
+    data = TextDataModule(
+        str(shared_data / "text/wikitext-2/valid.txt"),
+        str(shared_data / "text/wikitext-2/valid.txt"),
+        tokenizer=str(shared_data / f"tokenizer/{name}/tokenizer.json"),
+        cache_dir=str(tmp_path),
+    )
+    data.prepare_data()
+    data.setup("fit")
+    assert (data.vocab_size, data.tokenizer.end_of_text) == (vocab_size, end)
+    assert data.val.split.tokens == wikitext_tokens + 1

@@ -1,0 +1,118 @@
+"""Token folders: what is held out, what is reused, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from datamodules.text import TextDataModule
+from datamodules.tokens import FORMAT, TokenFile
+from tests.datamodules.conftest import documents_of, module
+
+
+def test_documents_survive_and_are_never_on_both_sides(corpus, data):
+    train, val = (documents_of(file.ids, data.tokenizer) for file in (data.train, data.val))
+    assert sorted(train + val) == sorted(corpus[1])
+    assert not set(train) & set(val)
+    assert 0 < len(val) < 20
+    for file, texts in ((data.train, train), (data.val, val)):
+        assert file.split.documents == len(texts)
+        assert file.split.bytes == sum(len(text.encode()) for text in texts)
+        assert file.split.tokens == len(file.ids) == file.split.bytes + len(texts)
+
+
+def test_equal_texts_are_held_out_together(tmp_path):
+    texts = [f"text number {i % 30}" for i in range(300)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = TextDataModule(str(tmp_path / "t.jsonl"), seq_len=4, val_fraction=0.3, cache_dir=str(tmp_path / "cache"))
+    data.prepare_data()
+    data.setup("fit")
+    train, val = (set(documents_of(file.ids, data.tokenizer)) for file in (data.train, data.val))
+    assert not train & val
+    assert len(train | val) == 30
+
+
+def test_a_second_call_reuses_the_tokens(corpus, data):
+    file = data.folder / "train.bin"
+    before = file.stat().st_mtime_ns
+    data.prepare_data()
+    assert file.stat().st_mtime_ns == before
+    assert [path.name for path in data.folder.parent.iterdir()] == [data.folder.name]  # no rubbish
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "metadata.json").unlink(), "has no metadata.json: it is half-written"),
+        (lambda folder: (folder / "metadata.json").write_text("{"), "metadata.json is damaged"),
+        (lambda folder: (folder / "train.bin").write_bytes(b"abc"), "has 3 bytes instead of .*half-written"),
+        (lambda folder: (folder / "val.bin").unlink(), "has 0 bytes instead of"),
+    ],
+)
+def test_a_half_written_folder_is_refused(corpus, data, damage, message):
+    damage(data.folder)
+
+    def use():
+        data.prepare_data()
+        data.setup("fit")
+
+    with pytest.raises(ValueError, match=message):
+        use()
+
+
+def test_tokens_of_other_data_are_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(100)))
+    data = TextDataModule(str(path), seq_len=4, cache_dir=str(tmp_path / "cache"))
+    data.prepare_data()
+    path.write_text(path.read_text() + json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(ValueError, match="made from other data .*sources.*delete it to tokenize again"):
+        data.prepare_data()
+
+
+def test_tokens_are_of_use_without_their_source(corpus, tmp_path):
+    (tmp_path / "c.jsonl").write_text(corpus[0].read_text())
+    data = TextDataModule(str(tmp_path / "c.jsonl"), seq_len=4, cache_dir=str(tmp_path / "cache"))
+    data.prepare_data()
+    (tmp_path / "c.jsonl").unlink()
+    with pytest.warns(UserWarning, match=r"no such file.*the tokens in .* are used as they are"):
+        data.prepare_data()
+    data.setup("fit")
+    assert len(data.train.ids) > 0
+
+
+def test_what_a_killed_preparation_left_is_named_and_harmless(corpus, tmp_path):
+    data = module(corpus, tmp_path)
+    leftover = data.folder.with_name(f"{data.folder.name}.partial-old")
+    leftover.mkdir()
+    with pytest.warns(UserWarning, match=r"delete what it left.*partial-old"):
+        data.prepare_data()
+    data.setup("fit")
+
+
+def test_an_interrupted_preparation_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
+    data = module(corpus, tmp_path, num_processes=1)
+    monkeypatch.setattr("datamodules.tokens._encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        data.prepare_data()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_write_the_same_file(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("datamodules.tokens.BATCH_CHARACTERS", 1000)
+    files = []
+    for processes in (1, 2):
+        data = module(corpus, tmp_path / str(processes), num_processes=processes)
+        data.prepare_data()
+        files.append((data.folder / "train.bin").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_token_files_can_be_large_ids(tmp_path):
+    ids = np.array([5, 70_000], dtype="<u4")
+    (tmp_path / "train.bin").write_bytes(ids.tobytes())
+    split = {"tokens": 2, "documents": 1, "bytes": 9}
+    (tmp_path / "metadata.json").write_text(
+        json.dumps({"format": FORMAT, "dtype": "uint32", "splits": {"train": split}})
+    )
+    assert TokenFile(tmp_path, "train").ids.tolist() == [5, 70_000]
