@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.harness import write_csv
 from datamodules.text import TextDataModule
-from lit_modules.optim import OptimConfig, adamw, lr_scheduler
+from lit_modules.optim import OptimConfig, adamw, lr_scheduler, param_groups
 from tokenformer import LMConfig, TokenFormerLM
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -37,7 +37,7 @@ def validation_bits(variant: str, rate: float, seed: int, steps: int) -> float:
     torch.manual_seed(seed)
     model = TokenFormerLM(LMConfig(vocab_size=data.vocab_size, max_seq_len=128, **SIZE, **VARIANTS[variant]))
     config = OptimConfig(lr=rate, warmup_steps=steps // 10)
-    optimizer = adamw(model, config, fused=True)
+    optimizer = adamw(param_groups(model, config.weight_decay), config, fused=True)
     scheduler = lr_scheduler(optimizer, config, steps)
     for batch in islice(data.train_dataloader(), steps):
         model.loss(*batch).backward()

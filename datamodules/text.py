@@ -91,6 +91,11 @@ class TextDataModule(LightningDataModule):
         self.vocab_size = bpe_vocab_size if tokenizer == "bpe" else self.tokenizer.vocab_size
 
     @property
+    def tokens_per_batch(self) -> int:
+        """Training tokens of a batch on one device."""
+        return self.batch_size * self.seq_len
+
+    @property
     def folder(self) -> Path:
         """Where the tokens are: a name to recognise, and a hash of all settings that they depend on."""
         settings = [self.source, self.val_source, self.test_source, self.tokenizer_name, self.val_fraction]

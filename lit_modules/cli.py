@@ -18,6 +18,12 @@ commands:
                                       tokenformer predict --config FILE --ckpt_path last --data.predict_file TEXT
   prepare    tokenize the data and stop
                                       tokenformer prepare --config FILE
+  plan       what a run would cost at each size it grows to: parameters, FLOPs, memory, hours
+                                      tokenformer plan --config FILE
+  grow       append parameter tokens to a checkpoint or an exported model
+                                      tokenformer grow CKPT --factor 2 --out FILE
+  plot       loss over steps, tokens, FLOPs and time, of one or several runs
+                                      tokenformer plot RUN...
 
 Any key of a config can be given on the command line and wins over the file:
   tokenformer fit --config FILE --trainer.max_steps 1000 --model.optim.lr 3e-4 --data.batch_size 4
@@ -53,6 +59,14 @@ def main(args: list[str] | None = None) -> None:
     if not given or given[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return
+    if given[0] == "plot":
+        from lit_modules.plot import main as plot
+
+        return plot(given[1:])
+    if given[0] == "grow":
+        from lit_modules.grow import main as grow
+
+        return grow(given[1:])
     from lit_modules.experiment import run
 
     run(args)

@@ -22,11 +22,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import datamodules.text  # noqa: F401  (makes its class known by its short name)
-import lit_modules.language  # noqa: F401
 from lit_modules import callbacks
 from lit_modules.callbacks import Checkpoint, PredictionWriter, Progress, Summary, Throughput
 from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole
+from lit_modules.language import LanguageModule
 from lit_modules.loggers import ResumableCSVLogger
+from lit_modules.module import TokenFormerModule
+from lit_modules.plan import num_devices, plan
 from tokenformer import LMConfig
 
 # How the processes that Lightning starts for a run learn what its first process settled.
@@ -38,6 +40,7 @@ QUIET = (
     ".*exists and is not empty.*",  # a resumed run goes on in its folder
     ".*dirpath has changed.*",  # validate and predict have run folders of their own
     ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.15
+    ".*It is recommended to use `self.log.*sync_dist.*",  # the sums that it logs are over all devices already
     ".*`IterableDataset` has `__len__` defined.*",  # ours takes the workers into account
 )
 
@@ -48,6 +51,28 @@ class Trainer(lightning.Trainer):
     def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Tokenize the data and stop."""
         datamodule.prepare_data()
+
+    def plan(
+        self,
+        model: LanguageModule,
+        datamodule: LightningDataModule,
+        devices: int | None = None,
+        mfu: float = 0.4,
+        device: str = "H100",
+        out: str | None = None,
+    ) -> None:
+        """Print what the run would cost, a row for each size that it grows to.
+
+        Args:
+            model: the configured one.
+            datamodule: the configured one.
+            devices: of all machines together. Default: those of the config.
+            mfu: share of the device's peak that the training reaches.
+            device: whose peak: H100, A100, ...
+            out: a CSV file for the numbers, in bytes, FLOPs and hours.
+        """
+        assert devices is not None  # settled before anything was built
+        print(plan(model, datamodule, self, devices=devices, mfu=mfu, device=device, out=out))
 
 
 class ArgumentParser(LightningArgumentParser):
@@ -68,7 +93,7 @@ class ArgumentParser(LightningArgumentParser):
     def _known_names(self) -> list[str]:
         names = {action.dest for action in self._actions}
         ours = (getattr(callbacks, name) for name in callbacks.__all__)
-        for known in (*LightningModule.__subclasses__(), *LightningDataModule.__subclasses__(), *ours):
+        for known in (*TokenFormerModule.__subclasses__(), *LightningDataModule.__subclasses__(), *ours):
             for parameter in inspect.signature(known).parameters.values():
                 names.add(parameter.name)
                 if dataclasses.is_dataclass(parameter.annotation):
@@ -81,7 +106,7 @@ class ExperimentCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return LightningCLI.subcommands() | {"prepare": {"model", "datamodule"}}
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("prepare", "plan")}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = ArgumentParser(**kwargs)
@@ -120,7 +145,9 @@ class ExperimentCLI(LightningCLI):
         """Settle the run's folder and the checkpoint to start from."""
         config = self.config[self.config.subcommand]
         config.name = config.name or _config_name(sys.argv[1:] if self._args is None else self._args)
-        if self.config.subcommand == "prepare":
+        if self.config.subcommand == "plan" and config.devices is None:
+            config.devices = num_devices(config.trainer.devices, config.trainer.num_nodes)
+        if self.config.subcommand in ("prepare", "plan"):
             return
         if RUN_DIR not in os.environ:
             run_dir, checkpoint = _settle(self.config.subcommand, config)
@@ -140,6 +167,9 @@ class ExperimentCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         if self.subcommand == "prepare":
             return Trainer(logger=False, enable_checkpointing=False, barebones=True)
+        if self.subcommand == "plan":  # touches no accelerator, whatever the config asks for
+            here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+            return super().instantiate_trainer(**here, enable_progress_bar=False, enable_model_summary=False)
         run_dir = self._run_dir
         # The saved config is of use again: it names neither this run's folder nor what it was resumed from.
         saved = self.config[self.config.subcommand]

@@ -5,21 +5,23 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning import LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from lit_modules.loggers import is_log_step
-from lit_modules.optim import OptimConfig, adamw, lr_scheduler
+from lit_modules.module import TokenFormerModule
+from lit_modules.optim import OptimConfig
+from lit_modules.strategies import shard
 from tokenformer import LMConfig, TokenFormerLM
+from tokenformer.config import widened
 from tokenformer.loss import IGNORE
 
 Batch = tuple[Tensor, Tensor]  # input_ids (B, T), targets (B, T), IGNORE where a target does not count
 
 
-class LanguageModule(LightningModule):
+PROBE_TOKENS = 256  # enough to see a change; a whole batch would take longer than the growth
+
+
+class LanguageModule(TokenFormerModule):
     """A TokenFormer (or its Transformer twin: `config.baseline`) that learns to predict the next token.
 
     Logs `train/loss`, `train/lr` and `train/grad_norm` every `trainer.log_every_n_steps` optimizer steps, the loss
@@ -33,6 +35,8 @@ class LanguageModule(LightningModule):
         checkpoint_activations: keep only each block's input for the backward pass; less memory, a third more work.
     """
 
+    config: LMConfig
+
     def __init__(
         self,
         config: LMConfig,
@@ -40,30 +44,32 @@ class LanguageModule(LightningModule):
         compile: bool = False,
         checkpoint_activations: bool = False,
     ) -> None:
-        super().__init__()
         # From a checkpoint they come as dictionaries, since nothing else is stored: no code runs when one is read.
+        super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim)
         self.config = LMConfig(**config) if isinstance(config, dict) else config
-        self.optim = OptimConfig(**optim) if isinstance(optim, dict) else optim
         self.compile_blocks, self.checkpoint_activations = compile, checkpoint_activations
         self.save_hyperparameters({"config": asdict(self.config), "optim": asdict(self.optim)})
         self.model: TokenFormerLM | None = None
         self._losses: list[Tensor] = []  # of the batches of this optimizer step
-        self._grad_norm: Tensor | None = None
-        self._lr = 0.0  # of this optimizer step; its scheduler moves on before the log is written
 
     def training_flops(self, batch: Batch) -> int:
         """FLOPs that a batch costs at the model's present size: forward, and twice that for backward."""
         ids, _ = batch
         return 3 * ids.numel() * self._model.flops_per_token(ids.shape[1])
 
-    def configure_model(self) -> None:
-        """Build the model; here and not before, so that it is made on its device and in its precision."""
-        if self.model is None:
-            self.model = TokenFormerLM(self.config)
-            self.model.backbone.checkpoint_activations = self.checkpoint_activations
-            if self.compile_blocks:
-                for block in self.model.backbone.blocks:
-                    block.compile()
+    def build_model(self, width: int = 1) -> TokenFormerLM:
+        """The model before any growth, `width` times as wide."""
+        return TokenFormerLM(widened(self.config, width))
+
+    def install(self, model: TokenFormerLM) -> None:  # type: ignore[override]
+        """Make this the model: as it is to be trained, checkpointed, compiled and sharded."""
+        self.model = model
+        model.backbone.checkpoint_activations = self.checkpoint_activations
+        if self.compile_blocks:
+            for block in model.backbone.blocks:
+                block.compile()
+        if self._device_mesh is not None:
+            shard(model, self._device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
         """Check model and data against each other before any work is done."""
@@ -80,49 +86,10 @@ class LanguageModule(LightningModule):
                 f"data.seq_len={data.seq_len} is longer than model.config.max_seq_len={self.config.max_seq_len}"
             )
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to train on from averaged weights with the optimizer state of others."""
-        if "current_model_state" not in checkpoint or self._trainer is None or not self.trainer.training:
-            return
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, WeightAveraging) for callback in callbacks):
-            raise ValueError("the checkpoint was trained with EMA, this run is not: add --trainer.callbacks+=EMA")
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW and its per-step schedule."""
-        max_steps = self.trainer.max_steps
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
-            max_steps = self.optim.warmup_steps + 1
-        if max_steps < 1:
-            raise ValueError(f"trainer.max_steps={max_steps}: the learning rate schedule needs the number of steps")
-        # The fused update does its own unscaling in 16-mixed, where gradients must be unscaled before clipping.
-        optimizer = adamw(self, self.optim, fused=self.trainer.precision != "16-mixed")
-        scheduler = lr_scheduler(optimizer, self.optim, max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        """After a resume the configured rates hold, not those that the checkpoint brought along."""
-        (optimizer,), (scheduler,) = self.trainer.optimizers, (c.scheduler for c in self.trainer.lr_scheduler_configs)
-        assert isinstance(scheduler, LambdaLR)
-        self._step = self.trainer.global_step
-        scheduler.base_lrs = [self.optim.lr for _ in scheduler.base_lrs]
-        rate = self.optim.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
-        for group, weight_decay in zip(optimizer.param_groups, (self.optim.weight_decay, 0.0), strict=True):
-            group |= {"lr": rate, "initial_lr": self.optim.lr, "weight_decay": weight_decay}
-            group |= {"betas": self.optim.betas, "eps": self.optim.eps}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the total norm, and keep it for the log: measuring it again would be another pass."""
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
-        self._lr = optimizer.param_groups[0]["lr"]
-        limit = gradient_clip_val or math.inf
-        self._grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+    def probe_loss(self, batch: Batch) -> Tensor:
+        """What growth must not change: the loss of the beginning of a batch."""
+        ids, targets = batch
+        return self._model.loss(ids[:1, :PROBE_TOKENS], targets[:1, :PROBE_TOKENS])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy of the batch in nats."""

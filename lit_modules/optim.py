@@ -47,37 +47,82 @@ class OptimConfig:
                 raise ValueError(f"optim.{name}={getattr(self, name)}: must lie between 0 and 1")
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, always, in the order of `named_parameters`: matrices with weight decay, vectors without.
+def param_groups(
+    model: nn.Module, weight_decay: float, is_old: Callable[[str], bool] | None = None, old_lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Two groups in the order of `named_parameters`: matrices with weight decay, vectors without.
 
-    Growth calls it again, so the number of groups must not depend on the model's size.
+    With `is_old` (of a parameter's name) two more for the old ones, whose `lr_scale` is `old_lr_scale`. Growth calls it
+    again, so the number of groups must not depend on the model's size.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [(name, p) for name, p in trained if p.ndim >= 2]
-    vectors = [(name, p) for name, p in trained if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = []
+    for old in (False,) if is_old is None else (False, True):
+        of_age = [(name, p) for name, p in trained if is_old is None or is_old(name) == old]
+        for decay in (weight_decay, 0.0):
+            params = [(name, p) for name, p in of_age if (p.ndim >= 2) == (decay is weight_decay)]
+            group = {"params": params, "weight_decay": decay, "lr_scale": old_lr_scale if old else 1.0}
+            groups.append(group if params else group | {"param_names": []})  # an empty one can't show that it has names
+    return groups
 
 
-def adamw(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over `param_groups`. `fused` does each group's update in one pass."""
-    groups = param_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+def adamw(groups: list[dict[str, Any]], config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW over groups of named parameters. `fused` does each group's update in one pass."""
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    optimizer.register_load_state_dict_pre_hook(match_by_name)
+    return optimizer
+
+
+def match_by_name(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
+    """Bring a saved optimizer state into this optimizer's groups; parameters that it does not know start afresh."""
+    now = [group["param_names"] for group in optimizer.param_groups]
+    if now == [group.get("param_names") for group in saved["param_groups"]]:
+        return None
+    saved_id = {
+        name: number
+        for group in saved["param_groups"]
+        for name, number in zip(group["param_names"], group["params"], strict=True)
+    }
+    state, groups = {}, []
+    for i, names in enumerate(now):
+        first = sum(map(len, now[:i]))
+        numbers = list(range(first, first + len(names)))
+        for number, name in zip(numbers, names, strict=True):
+            if saved_id.get(name) in saved["state"]:
+                state[number] = saved["state"][saved_id[name]]
+        like = saved["param_groups"][min(i, len(saved["param_groups"]) - 1)]
+        groups.append(like | {"params": numbers, "param_names": names})
+    return {"state": state, "param_groups": groups}
+
+
+def regroup(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Replace the parameters of an optimizer's groups in place: schedulers hold on to the groups, moments stay."""
+    for group, now in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [p for _, p in now["params"]]
+        group["param_names"] = [name for name, _ in now["params"]]
+    live = {p for group in optimizer.param_groups for p in group["params"]}
+    for gone in set(optimizer.state) - live:
+        del optimizer.state[gone]
 
 
 def lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
-    """The schedule, to be stepped after every optimizer step.
+    """The schedule, to be stepped after every optimizer step. Raises as :func:`check_schedule` does."""
+    check_schedule(config, max_steps, f"trainer.max_steps={max_steps}")
+    return LambdaLR(optimizer, lr_factor(config, max_steps))
+
+
+def check_schedule(config: OptimConfig, steps: int, what: str) -> None:
+    """Whether warm-up and decay fit into so many steps.
 
     Raises:
-        ValueError: when warm-up and decay don't fit into `max_steps`.
+        ValueError: when they don't; `what` says which steps are meant.
     """
-    decay = decay_steps(config, max_steps) if config.schedule == "wsd" else 0
-    if config.schedule != "constant" and config.warmup_steps + decay >= max_steps + (decay > 0):
+    decay = decay_steps(config, steps) if config.schedule == "wsd" else 0
+    if config.schedule != "constant" and config.warmup_steps + decay >= steps + (decay > 0):
         rest = f" and the {decay} steps of optim.decay_fraction={config.decay_fraction}" if decay else ""
         raise ValueError(
-            f"optim.warmup_steps={config.warmup_steps}{rest} don't fit into trainer.max_steps={max_steps}: "
-            "lower optim.warmup_steps"
+            f"optim.warmup_steps={config.warmup_steps}{rest} don't fit into {what}: lower optim.warmup_steps"
         )
-    return LambdaLR(optimizer, lr_factor(config, max_steps))
 
 
 def decay_steps(config: OptimConfig, max_steps: int) -> int:

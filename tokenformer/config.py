@@ -4,8 +4,8 @@ D (`dim`) channels, H (`num_heads`) heads, N (`*_tokens`) parameter tokens per P
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from tokenformer.pattention import WEIGHT_SECOND_MOMENT, ScoreNorm, TauMode
 
@@ -178,3 +178,12 @@ class LMConfig(BackboneConfig):
             seq_len: T, default `max_seq_len`.
         """
         return self.backbone_flops_per_token(seq_len or self.max_seq_len) + 2 * self.vocab_size * self.dim
+
+
+Config = TypeVar("Config", bound=BackboneConfig)
+
+
+def widened(config: Config, factor: int) -> Config:
+    """The config of a baseline with `factor` times the channels, heads and hidden units."""
+    sizes = ("dim", "num_heads", "qkv_tokens", "proj_tokens", "ffn_tokens")  # the counts set its hidden units
+    return replace(config, **{name: factor * getattr(config, name) for name in sizes})

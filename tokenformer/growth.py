@@ -1,37 +1,297 @@
-"""Growing a model: append parameter tokens, change nothing else."""
+"""Growing a model: append parameter tokens, change nothing else. N old tokens, M new ones."""
 
-from torch import nn
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatch
+from typing import Literal, get_args
 
-from tokenformer.pattention import Pattention
+import torch
+from torch import Tensor, nn
 
-QKV = ("query", "key", "value")
+from tokenformer.config import widened
+from tokenformer.language import TokenFormerLM
+from tokenformer.pattention import Pattention, TokenSegment, default_tau
+
+Init = Literal["zero_keys", "random", "segment_norm", "pairs", "split"]
+ScaleAfter = Literal["fixed", "anneal", "learned", "current"]
+
+# Which count of `grow` a layer follows, by the last part of its name.
+COUNT_OF = {"query": "qkv", "key": "qkv", "value": "qkv", "out": "proj", "ffn": "ffn"}
 
 
-def grow(model: nn.Module, qkv: int | None = None, proj: int | None = None, ffn: int | None = None) -> None:
-    """Append parameter tokens to every Pattention of a model, in place, up to these counts.
+def grow(
+    model: nn.Module,
+    qkv: int | None = None,
+    proj: int | None = None,
+    ffn: int | None = None,
+    *,
+    init: Init = "zero_keys",
+    scale: ScaleAfter = "fixed",
+    layers: str | Sequence[str] = "all",
+    seed: int = 0,
+) -> None:
+    """Append parameter tokens to the Pattention layers of a model, in place, up to these counts.
 
-    The model's function stays the same (new keys are zero), unless its tau is ``current`` or its scores are softmax.
-    An optimizer must be given the new parameters.
+    An optimizer must be given the new parameters. The new tokens depend on `seed`, the layer's name and how often it
+    has grown, and on nothing else: every process and every resumed run makes the same ones.
 
     Args:
         model: a model with Pattention layers.
         qkv: parameter tokens of each query, key and value projection afterwards; None leaves them.
         proj: the same for the output projections.
         ffn: the same for the feed-forward layers.
+        init: how new tokens start, see :func:`append_tokens`.
+        scale: what tau does: ``fixed`` and ``anneal`` (see :func:`anneal_taus`) leave it as it is; ``learned`` adds a
+            trained gain where a layer has none; ``current`` sets it to sqrt(N + M), as the released code does.
+        layers: ``all``, or which: the last parts of names (``ffn``), or patterns of whole ones (``*.blocks.0.*``).
+        seed: of the new tokens.
 
     Raises:
-        ValueError: when a layer already has more tokens than asked for, or the model has no Pattention.
+        ValueError: when the model has no Pattention, a layer has more tokens than asked for, or a kind of
+            initialisation can't make that many tokens. Nothing is changed then.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Pattention)}
-    if not layers:
-        raise ValueError("the model has no Pattention layers: a baseline does not grow by tokens")
-    wanted = {"out": proj, "ffn": ffn} | dict.fromkeys(QKV, qkv)
-    plan = []
-    for name, layer in layers.items():
-        target = wanted[name.rsplit(".", 1)[-1]]
-        if target is not None and target < layer.num_tokens:
-            raise ValueError(f"{name} has {layer.num_tokens} parameter tokens, more than {target}: growth only adds")
-        if target is not None and target > layer.num_tokens:
-            plan.append((layer, target - layer.num_tokens))
-    for layer, added in plan:  # all checked before any is changed
-        layer.append_tokens(added)
+    planned = plan_growth(model, {"qkv": qkv, "proj": proj, "ffn": ffn}, layers)
+    grow_layers(model, planned, init=init, scale=scale, seed=seed)
+
+
+def grow_layers(
+    model: nn.Module,
+    planned: Mapping[str, int],
+    *,
+    init: Init = "zero_keys",
+    scale: ScaleAfter = "fixed",
+    seed: int = 0,
+) -> None:
+    """:func:`grow`, by so many tokens for each layer (its name in the model)."""
+    found = pattention_layers(model)
+    for name, added in planned.items():
+        check_init(found[name], added, init, name)
+    for name, added in planned.items():
+        layer = found[name]
+        start = zlib.crc32(f"{seed}:{len(layer.segments)}:{name}".encode())
+        append_tokens(layer, added, init, torch.Generator().manual_seed(start))
+        if scale == "learned":
+            layer.learn_tau()
+        elif scale == "current":
+            layer.set_tau_to_default()
+
+
+def pattention_layers(model: nn.Module) -> dict[str, Pattention]:
+    """The Pattention layers of a model by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Pattention)}
+
+
+def plan_growth(
+    model: nn.Module,
+    counts: Mapping[str, int | None],
+    layers: str | Sequence[str] = "all",
+    factor: float | None = None,
+) -> dict[str, int]:
+    """How many tokens each layer would get, by the layer's name; layers that get none are left out.
+
+    Args:
+        model: a model with Pattention layers.
+        counts: tokens afterwards of the layers of kind ``qkv``, ``proj``, ``ffn``; None leaves them.
+        layers: which, see :func:`grow`.
+        factor: in place of counts: tokens afterwards over tokens now, rounded.
+
+    Raises:
+        ValueError: see :func:`grow`.
+    """
+    found = pattention_layers(model)
+    if not found:
+        raise ValueError("the model has no Pattention layers: a Transformer baseline does not grow by tokens")
+    planned = {}
+    for name in _chosen(found, layers):
+        now = found[name].num_tokens
+        wanted = counts.get(COUNT_OF.get(name.rsplit(".", 1)[-1], "")) if factor is None else round(factor * now)
+        if wanted is not None and wanted < now:
+            raise ValueError(f"{name} has {now} parameter tokens, more than {wanted}: growth only adds")
+        if wanted is not None and wanted > now:
+            planned[name] = wanted - now
+    return planned
+
+
+def _chosen(found: Mapping[str, Pattention], layers: str | Sequence[str]) -> list[str]:
+    if layers == "all":
+        return list(found)
+    chosen = set()
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        matching = {name for name in found if fnmatch(name, pattern) or name.rsplit(".", 1)[-1] == pattern}
+        if not matching:
+            raise ValueError(
+                f"layers: {pattern!r} is none of the model's: choose all, some of {', '.join(COUNT_OF)}, "
+                f"or patterns of names such as {next(iter(found))}"
+            )
+        chosen |= matching
+    return [name for name in found if name in chosen]
+
+
+def check_init(layer: Pattention, added: int, init: Init, name: str) -> None:
+    """Whether this kind of initialisation can add that many tokens to a layer.
+
+    Raises:
+        ValueError: for an unknown kind, an odd count with ``pairs``, or a fraction of the layer with ``split``.
+    """
+    if init not in get_args(Init):
+        raise ValueError(f"init={init!r}: choose one of {', '.join(get_args(Init))}")
+    now = layer.num_tokens
+    if init == "pairs" and added % 2:
+        raise ValueError(f"init: pairs adds tokens two at a time, {name} would get {added}: ask for {now + added + 1}")
+    if init == "split" and len(layer.norm_groups()) > 1:
+        raise ValueError(f"init: split needs one common norm, {name} has {len(layer.norm_groups())}")
+    if init == "split" and added % now:
+        raise ValueError(
+            f"init: split copies all {now} tokens of {name} a whole number of times: ask for "
+            f"{now * (1 + max(1, round(added / now)))} instead of {now + added}"
+        )
+
+
+def why_not_exact(init: Init, scale: ScaleAfter, score_norm: str) -> str | None:
+    """Why growth of this kind changes the function of a layer; None if it does not (paper, App. B; facts in docs)."""
+    if init == "random":
+        return "init: random adds keys that change the scores' norm and values that are added to the output"
+    if scale == "current" and init == "zero_keys":
+        return "scale: current changes tau with the number of tokens, and the function with it"
+    if score_norm == "softmax" and init == "zero_keys":
+        return "score_norm: softmax gives zero keys a weight (exp(0) = 1): zero keys are not exact with it"
+    return None
+
+
+@torch.no_grad()
+def append_tokens(
+    layer: Pattention, num_tokens: int, init: Init = "zero_keys", generator: torch.Generator | None = None
+) -> None:
+    """Append parameter tokens to one layer as a new segment. All kinds but ``random`` leave its function as it is.
+
+    ``zero_keys``: keys 0, values N(0, value_std). New scores are 0, so the norm stays and GELU(0) = 0 (paper, App. B).
+    ``random``: keys N(0, key_std), values N(0, value_std): the paper's runs. Not exact.
+    ``segment_norm``: the new tokens have a norm and a tau of their own; keys N(0, key_std), values 0.
+    ``pairs``: as `segment_norm`, but tokens come in twins of equal key and opposite value N(0, value_std), that cancel.
+    ``split``: all tokens copied (M a multiple of N), the values divided in random shares; tau grows by
+    sqrt((N + M) / N), as the norm does.
+
+    Args:
+        layer: the layer to grow.
+        num_tokens: M, at least 1.
+        init: the kind.
+        generator: a CPU generator of what is random.
+
+    Raises:
+        ValueError: see :func:`check_init`; for fewer than one token.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens={num_tokens}: append at least one parameter token")
+    check_init(layer, num_tokens, init, "the layer")
+    old: list[TokenSegment] = list(layer.segments)  # type: ignore[arg-type]
+    like = old[0].keys
+    own_norm = init in ("segment_norm", "pairs")
+    new = TokenSegment(
+        num_tokens,
+        layer.in_features,
+        layer.out_features,
+        own_norm,
+        own_norm and layer.tau_gain is not None,
+        device=like.device,
+        dtype=like.dtype,
+    )
+
+    def normal(rows: int, columns: int, std: float) -> Tensor:
+        if like.is_meta:  # only sizes are asked for
+            return torch.empty(rows, columns, device="meta")
+        return torch.randn(rows, columns, generator=generator) * std
+
+    if init == "zero_keys":
+        new.keys.zero_()
+        new.values.copy_(normal(num_tokens, layer.out_features, layer.value_std))
+    elif init == "random":
+        new.keys.copy_(normal(num_tokens, layer.in_features, layer.key_std))
+        new.values.copy_(normal(num_tokens, layer.out_features, layer.value_std))
+    elif init == "segment_norm":
+        new.keys.copy_(normal(num_tokens, layer.in_features, layer.key_std))
+        new.values.zero_()
+    elif init == "pairs":  # twins side by side, so that a sum over tokens meets both halves at once
+        half = num_tokens // 2
+        new.keys.copy_(normal(half, layer.in_features, layer.key_std).repeat_interleave(2, dim=0))
+        value = normal(half, layer.out_features, layer.value_std)
+        new.values.copy_(torch.stack((value, -value), dim=1).flatten(0, 1))
+    else:
+        keys, values = (torch.cat(parts) for parts in zip(*((s.keys, s.values) for s in old), strict=True))
+        copies = 1 + num_tokens // len(keys)
+        divided = divide(values, copies, generator)
+        for segment, part in zip(old, divided[0].split([s.num_tokens for s in old]), strict=True):
+            segment.values.copy_(part)
+        new.keys.copy_(keys.repeat(copies - 1, 1))
+        new.values.copy_(divided[1:].flatten(0, 1))
+        layer.tau.mul_(copies if layer.score_norm == "softmax" else math.sqrt(copies))
+    if new.tau is not None:
+        new.tau.fill_(default_tau(num_tokens, layer.score_norm))
+    layer.segments.append(new)
+    if layer.scale == "current":
+        layer.set_tau_to_default()
+
+
+def divide(total: Tensor, parts: int, generator: torch.Generator | None) -> Tensor:
+    """Random parts of like size that add up to a tensor, (parts, *shape)."""
+    shares = torch.rand(parts, *total.shape, generator=generator).add_(0.5)
+    divided = (shares / shares.sum(0)).to(total) * total
+    divided[0] = total - divided[1:].sum(0)  # whatever the shares were rounded to
+    return divided
+
+
+@torch.no_grad()
+def widen(model: TokenFormerLM, factor: int, seed: int = 0) -> TokenFormerLM:
+    """A Transformer baseline of `factor` times the channels, heads and hidden units, with the same function.
+
+    Net2Net (Chen et al. 2016): every channel becomes `factor` equal ones, and the weights that read them are divided in
+    random shares, so that the copies can part. A whole number, because a LayerNorm's mean and variance stay only if
+    every channel is copied equally often.
+
+    Args:
+        model: a baseline; it is left as it is.
+        factor: channels afterwards over channels now, at least 2.
+        seed: of the shares.
+
+    Raises:
+        ValueError: for a TokenFormer, which grows by tokens, or a factor below 2.
+    """
+    if model.config.baseline is None:
+        raise ValueError("width: a TokenFormer grows by parameter tokens (qkv, proj, ffn, factor), not in width")
+    if factor < 2:
+        raise ValueError(f"width={factor}: must be a whole number, at least 2")
+    wide = TokenFormerLM(widened(model.config, factor))
+    wide.to(model.embedding.weight)
+    generator = torch.Generator().manual_seed(seed)
+    old = dict(model.named_parameters())
+    for name, parameter in wide.named_parameters():
+        source = old[name]
+        if "embedding" in name:
+            parameter.copy_(source.repeat(1, factor))
+        elif source.ndim == 1:
+            # A tied output matrix reads `factor` equal channels with the weights that the input has.
+            shrink = factor if name.startswith("backbone.norm") and wide.lm_head is None else 1
+            parameter.copy_(source.repeat(factor) / shrink)
+        else:
+            rows = 1 if name.startswith("lm_head") else factor
+            blocks = torch.stack([divide(source, factor, generator) for _ in range(rows)])  # (rows, factor, out, in)
+            parameter.copy_(blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1))
+    return wide
+
+
+def new_parameters(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Names of the parameters that the last growth of these layers brought."""
+    found = pattention_layers(model)
+    return [
+        f"{name}.segments.{len(found[name].segments) - 1}.{parameter}"
+        for name in layers
+        for parameter, _ in found[name].segments[-1].named_parameters()
+    ]
+
+
+@torch.no_grad()
+def anneal_taus(model: nn.Module, steps_left: int) -> None:
+    """One step of every tau on its straight way to sqrt(N), which it reaches when `steps_left` was 1."""
+    for layer in pattention_layers(model).values():
+        for tau, goal in layer.default_taus():
+            tau += (goal - tau) / steps_left

@@ -1,9 +1,12 @@
 """Models in other people's formats."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenformer.config import LMConfig
@@ -11,6 +14,28 @@ from tokenformer.language import TokenFormerLM
 
 # Width -> heads of the released Pile models (150M, 450M, 900M, 1.5B); a state dict does not tell the number of heads.
 RELEASED_HEADS = {768: 12, 1024: 16, 1280: 16, 1536: 16}
+
+
+def save_model(model: TokenFormerLM, path: str | Path) -> None:
+    """Write a model as safetensors: its state dict, and its config as JSON under ``tokenformer`` in the metadata."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"tokenformer": json.dumps(asdict(model.config))})
+
+
+def load_model(path: str | Path) -> TokenFormerLM:
+    """Read what :func:`save_model` wrote; a grown model has the size that it grew to.
+
+    Raises:
+        ValueError: when the file has no config.
+    """
+    with safe_open(path, "pt") as file:
+        config = (file.metadata() or {}).get("tokenformer")
+    if config is None:
+        raise ValueError(f"{path}: no config in its metadata, so not written by save_model")
+    tensors = load_file(path)
+    model = TokenFormerLM(LMConfig(**json.loads(config))).to(tensors["embedding.weight"].dtype)
+    model.load_state_dict(tensors)
+    return model
 
 
 def load_official(source: str | Path | dict[str, Tensor], num_heads: int | None = None) -> TokenFormerLM:

@@ -8,6 +8,7 @@ Shapes: T input tokens, D channels (D_in, D_out), N parameter tokens. Every matr
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -155,27 +156,74 @@ class _L2NormGELU(torch.autograd.Function):
         return grad_x, grad_keys, grad_values, grad_tau
 
 
-class TokenSegment(nn.Module):
+class _HasTau(nn.Module):
+    """What has a tau of its own: a buffer of one element, always float64, times exp(10 * `tau_gain`) where learned."""
+
+    tau: Tensor | None
+    tau_gain: nn.Parameter | None
+
+    def __init__(self, has_tau: bool, learned: bool, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.register_buffer("tau", torch.empty(1, dtype=torch.float64, device=device) if has_tau else None)
+        gain = nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if has_tau and learned else None
+        self.register_parameter("tau_gain", gain)  # one element and not a 0-dim tensor, which FSDP2 refuses
+
+    def scale_now(self) -> Tensor | None:
+        if self.tau is None or self.tau_gain is None:
+            return self.tau
+        return self.tau * torch.exp(TAU_GAIN_RATE * self.tau_gain)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "_HasTau":
+        # `.half()` or `.bfloat16()` must not round tau: it stays in float64 (float32 where the device has none).
+        before = self.tau
+        super()._apply(fn, recurse)
+        if before is not None and self.tau is not None:
+            wide = torch.float32 if self.tau.device.type == "mps" else torch.float64
+            source = self.tau if before.is_meta else before
+            self.tau = source.to(device=self.tau.device, dtype=wide)
+        return self
+
+
+class TokenSegment(_HasTau):
     """Parameter tokens that were added together: ``keys`` (N, D_in) and ``values`` (N, D_out).
 
-    Calling it returns both. A module that is called (and not just read) can be sharded on its own.
+    With ``own_norm`` the segment has a tau, and its scores are normalised by themselves; without, they are normalised
+    together with those of the segment before it. Calling it returns keys, values and the factor of its own norm or
+    None: a module that is called (and not just read) can be sharded on its own.
     """
 
-    def __init__(self, num_tokens: int, in_features: int, out_features: int, **factory: Any) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        num_tokens: int,
+        in_features: int,
+        out_features: int,
+        own_norm: bool = False,
+        learned: bool = False,
+        **factory: Any,
+    ) -> None:
+        super().__init__(own_norm, learned, **factory)
         self.keys = nn.Parameter(torch.empty(num_tokens, in_features, **factory))
         self.values = nn.Parameter(torch.empty(num_tokens, out_features, **factory))
 
-    def forward(self) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return self.keys, self.values
+    def forward(self) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: D102
+        return self.keys, self.values, self.scale_now()
+
+    @property
+    def num_tokens(self) -> int:
+        """N of this segment."""
+        return len(self.keys)
 
 
-class Pattention(nn.Module):
+class Pattention(_HasTau):
     """A projection D_in -> D_out by attention over N parameter tokens; drop-in for ``nn.Linear`` without bias.
 
     The tokens are a list of segments. Growing appends one and leaves the others alone, optimizer state included. The
-    state dict holds ``tau`` (one element, always float64) and ``segments.{i}.keys|values``; loading one with another
-    number of segments changes the layer to match, so a grown checkpoint needs no other knowledge.
+    first segment and those after it without a norm of their own form one operator, with the layer's ``tau``; each
+    segment with a norm of its own starts another one, with its ``tau``; the outputs are added.
+
+    The state dict holds ``tau`` (one element, float64), ``segments.{i}.keys|values``, and ``segments.{i}.tau`` where
+    the segment has its own norm. Loading one with other segments changes the layer to match, so a grown checkpoint
+    needs no other knowledge.
 
     Args:
         in_features: D_in.
@@ -193,6 +241,7 @@ class Pattention(nn.Module):
     """
 
     tau: Tensor
+    segments: nn.ModuleList
 
     def __init__(
         self,
@@ -204,7 +253,7 @@ class Pattention(nn.Module):
         key_std: float = 0.02,
         value_std: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(has_tau=True, learned=scale == "learned")
         if num_tokens < 1:
             raise ValueError(f"num_tokens={num_tokens}: a Pattention needs at least one parameter token")
         if score_norm not in WEIGHT_SECOND_MOMENT:
@@ -217,17 +266,24 @@ class Pattention(nn.Module):
         self.key_std = key_std
         self.value_std = value_std_for_rms(0.1, num_tokens, score_norm) if value_std is None else value_std
         self.segments = nn.ModuleList([TokenSegment(num_tokens, in_features, out_features)])
-        self.register_buffer("tau", torch.empty(1, dtype=torch.float64))
-        self.tau_gain = nn.Parameter(torch.empty(1)) if scale == "learned" else None
         self.reset_parameters()
 
     @property
     def num_tokens(self) -> int:
         """N, over all segments."""
-        return sum(len(segment.keys) for segment in self._segments())
+        return sum(segment.num_tokens for segment in self._segments())
 
     def _segments(self) -> list[TokenSegment]:
         return list(self.segments)  # type: ignore[arg-type]
+
+    def norm_groups(self) -> list[list[TokenSegment]]:
+        """The segments, those that are normalised together in one list."""
+        groups: list[list[TokenSegment]] = []
+        for segment in self._segments():
+            if segment.tau is not None or not groups:
+                groups.append([])
+            groups[-1].append(segment)
+        return groups
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -235,43 +291,47 @@ class Pattention(nn.Module):
         for segment in self._segments():
             nn.init.normal_(segment.keys, std=self.key_std)
             nn.init.normal_(segment.values, std=self.value_std)
-        self.tau.fill_(default_tau(self.num_tokens, self.score_norm))
+        self.set_tau_to_default()
         if self.tau_gain is not None:
             nn.init.zeros_(self.tau_gain)
 
     @torch.no_grad()
-    def append_tokens(self, num_tokens: int, generator: torch.Generator | None = None) -> None:
-        """Append ``num_tokens`` parameter tokens, keys zero and values N(0, value_std), as a new segment.
+    def set_tau_to_default(self) -> None:
+        """Let each tau be what the released code has for the tokens that it belongs to: sqrt(N), N for softmax."""
+        for owner, tau in self.default_taus():
+            owner.fill_(tau)
 
-        With the L2 kinds and a tau that is not ``current`` the layer's function does not change (paper, App. B): new
-        scores are 0, the norm stays, GELU(0) = 0. Values must not be zero too, or neither would ever get a gradient.
+    def default_taus(self) -> list[tuple[Tensor, float]]:
+        """Each tau of the layer, and what the released code would have in its place."""
+        taus = []
+        for i, group in enumerate(self.norm_groups()):
+            tau = self.tau if i == 0 else group[0].tau
+            assert tau is not None
+            taus.append((tau, default_tau(sum(segment.num_tokens for segment in group), self.score_norm)))
+        return taus
 
-        Args:
-            num_tokens: how many, at least 1.
-            generator: a CPU generator for the values, so that every process and every resume draws the same ones.
-
-        Raises:
-            ValueError: for fewer than one token.
-        """
-        if num_tokens < 1:
-            raise ValueError(f"num_tokens={num_tokens}: append at least one parameter token")
-        first = self._segments()[0].keys
-        new = TokenSegment(num_tokens, self.in_features, self.out_features, device=first.device, dtype=first.dtype)
-        nn.init.zeros_(new.keys)
-        new.values.copy_(torch.randn(new.values.shape, generator=generator) * self.value_std)
-        self.segments.append(new)
-        if self.scale == "current":
-            self.tau.fill_(default_tau(self.num_tokens, self.score_norm))
+    def learn_tau(self) -> None:
+        """Give each tau a trained gain where it has none; the function stays."""
+        for owner in (self, *self._segments()):
+            if owner.tau is not None and owner.tau_gain is None:
+                owner.tau_gain = nn.Parameter(self._segments()[0].keys.new_zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
-        segments = [segment() for segment in self.segments]
-        if len(segments) == 1:
-            keys, values = segments[0]
-        else:
-            keys, values = (torch.cat(parts) for parts in zip(*segments, strict=True))
-        tau = self.tau if self.tau_gain is None else self.tau * torch.exp(TAU_GAIN_RATE * self.tau_gain)
-        return pattention(x, keys, values, tau, self.score_norm)
+        operators: list[tuple[list[Tensor], list[Tensor], Tensor | None]] = []
+        for segment in self.segments:
+            keys, values, scale = segment()
+            if scale is not None or not operators:
+                operators.append(([], [], self.scale_now() if scale is None else scale))
+            operators[-1][0].append(keys)
+            operators[-1][1].append(values)
+        out = None
+        for keys_of, values_of, scale in operators:
+            keys, values = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (keys_of, values_of))
+            added = pattention(x, keys, values, scale, self.score_norm)
+            out = added if out is None else out + added
+        assert out is not None
+        return out
 
     def extra_repr(self) -> str:  # noqa: D102
         return (
@@ -279,25 +339,35 @@ class Pattention(nn.Module):
             f"score_norm={self.score_norm}, scale={self.scale}"
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "Pattention":
-        # `.half()` or `.bfloat16()` must not round tau: it stays in float64 (float32 where the device has none).
-        before = self.tau
-        super()._apply(fn, recurse)
-        wide = torch.float32 if self.tau.device.type == "mps" else torch.float64
-        source = self.tau if before.is_meta else before
-        self.tau = source.to(device=self.tau.device, dtype=wide)
-        return self
+    def match(self, shapes: Mapping[str, torch.Size], prefix: str = "") -> None:
+        """Change the segments to those of a state dict, given the shapes of its tensors; contents are left undefined.
+
+        Segments that fit are kept. A state dict that knows nothing of this layer changes nothing.
+        """
+        wanted: list[tuple[int, bool, bool]] = []  # tokens, own norm, own learned gain
+        while (name := f"{prefix}segments.{len(wanted)}.keys") in shapes:
+            own_norm = name.replace(".keys", ".tau") in shapes
+            learned = own_norm and (self.scale == "learned" or name.replace(".keys", ".tau_gain") in shapes)
+            wanted.append((shapes[name][0], own_norm, learned))
+        if not wanted:
+            return
+        if self.scale != "learned":
+            has_gain = f"{prefix}tau_gain" in shapes
+            if has_gain != (self.tau_gain is not None):
+                self.tau_gain = nn.Parameter(self._segments()[0].keys.new_zeros(1)) if has_gain else None
+        present = [(s.num_tokens, s.tau is not None, s.tau_gain is not None) for s in self._segments()]
+        fit = next((i for i, (a, b) in enumerate(zip(present, wanted, strict=False)) if a != b), len(wanted))
+        first = self._segments()[0].keys
+        del self.segments[fit:]
+        for num_tokens, own_norm, learned in wanted[len(self.segments) :]:
+            factory = {"device": first.device, "dtype": first.dtype}
+            self.segments.append(
+                TokenSegment(num_tokens, self.in_features, self.out_features, own_norm, learned, **factory)
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        sizes: list[int] = []
-        while (key := f"{prefix}segments.{len(sizes)}.keys") in state_dict:
-            sizes.append(state_dict[key].shape[0])
-        if sizes and sizes != [len(segment.keys) for segment in self._segments()]:
-            first = self._segments()[0].keys
-            factory = {"device": first.device, "dtype": first.dtype}
-            self.segments = nn.ModuleList(
-                TokenSegment(n, self.in_features, self.out_features, **factory) for n in sizes
-            )
+        start = f"{prefix}segments."
+        self.match({k: v.shape for k, v in state_dict.items() if k.startswith((start, f"{prefix}tau"))}, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

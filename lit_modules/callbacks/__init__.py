@@ -3,6 +3,7 @@
 from lit_modules.callbacks.checkpoint import Checkpoint
 from lit_modules.callbacks.compression import CompressionBaseline
 from lit_modules.callbacks.ema import EMA
+from lit_modules.callbacks.grow import GrowParameterTokens
 from lit_modules.callbacks.loss_curve import LossCurve
 from lit_modules.callbacks.predictions import PredictionWriter
 from lit_modules.callbacks.progress import Progress
@@ -14,6 +15,7 @@ __all__ = [
     "EMA",
     "Checkpoint",
     "CompressionBaseline",
+    "GrowParameterTokens",
     "LossCurve",
     "PredictionWriter",
     "Progress",

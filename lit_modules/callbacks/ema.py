@@ -1,8 +1,11 @@
 """Exponential moving average of the weights, with warm-up."""
 
+from typing import Any
+
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 
@@ -25,6 +28,8 @@ class EMA(WeightAveraging):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the average, on the device and in the precision that the model is about to have."""
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError("EMA: a sharded model can't be averaged; use trainer.strategy=ddp, or no EMA")
         if trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"EMA with trainer.precision={trainer.precision}: the steps of an average are lost in 16-bit weights; "
@@ -36,6 +41,12 @@ class EMA(WeightAveraging):
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:  # the count stays on the CPU: it is read every step
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Give the average the size of the saved one, then load it."""
+        if self._average_model is not None:
+            self._average_model.module.restore_growth(checkpoint["state_dict"], checkpoint.get("growths", []))  # type: ignore[operator]
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def _average(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
         assert self._average_model is not None

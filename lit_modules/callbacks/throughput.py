@@ -11,16 +11,21 @@ from lit_modules.loggers import is_log_step
 
 
 class Throughput(Callback):
-    """Logs `train/tokens`, `train/flops` (cumulative, over all ranks and resumes), `train/tokens_per_second` and `mfu`.
+    """Logs what the training has cost and how fast it is.
+
+    `train/tokens`, `train/flops` and `train/seconds` are cumulative, over all ranks, resumes and growth; `train/stage`
+    is how often the model has grown, `train/stage_tokens` and `train/stage_flops` count from the last time on. Then
+    `train/tokens_per_second` and `train/mfu`.
 
     FLOPs are those of matrix products, forward and backward, at the size the model has at that step; what activation
     checkpointing computes again does not count. An interval runs from one line of the log to the next, waiting for data
-    included, validation and saving left out; the device is waited for at its end, and at no other step. MFU is FLOP/s
-    over the devices' peak, and is not logged where the peak is unknown.
+    included, validation, growth and saving left out; the device is waited for at its end, and at no other step. MFU is
+    FLOP/s over the devices' peak, and is not logged where the peak is unknown.
     """
 
     def __init__(self) -> None:
         self.tokens = self.flops = 0
+        self.seconds = 0.0  # as `train/seconds` counts them, validation and saving left out
         self._paused_at: float | None = None
         self._paused = 0.0
 
@@ -31,12 +36,13 @@ class Throughput(Callback):
         self._paused_at, self._paused = None, 0.0
 
     def on_validation_start(self, *_: Any) -> None:
-        self._pause()
+        self.pause()
 
     def on_save_checkpoint(self, *_: Any) -> None:
-        self._pause()
+        self.pause()
 
-    def _pause(self) -> None:
+    def pause(self) -> None:
+        """Leave the time from here to the next batch out."""
         self._paused_at = self._paused_at or time.perf_counter()
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -54,15 +60,21 @@ class Throughput(Callback):
             torch.cuda.synchronize(pl_module.device)
         now, (then, tokens, flops) = time.perf_counter(), self._start
         seconds = now - then - self._paused
-        metrics = {"train/tokens": float(self.tokens), "train/flops": float(self.flops)}
+        self.seconds += seconds
+        grown = pl_module.growths[-1] if pl_module.growths else {"tokens": 0, "flops": 0}
+        metrics = {"train/tokens": float(self.tokens), "train/flops": float(self.flops), "train/seconds": self.seconds}
+        metrics["train/stage"] = float(len(pl_module.growths))
+        metrics["train/stage_tokens"] = float(self.tokens - grown["tokens"])
+        metrics["train/stage_flops"] = float(self.flops - grown["flops"])
         metrics["train/tokens_per_second"] = (self.tokens - tokens) / seconds
         if self._peak is not None:
             metrics["train/mfu"] = (self.flops - flops) / seconds / (self._peak * trainer.world_size)
         pl_module.log_dict(metrics)
         self._start, self._paused = (now, self.tokens, self.flops), 0.0
 
-    def state_dict(self) -> dict[str, int]:
-        return {"tokens": self.tokens, "flops": self.flops}
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens, self.flops = state_dict["tokens"], state_dict["flops"]
+        self.seconds = state_dict["seconds"]

@@ -1,4 +1,4 @@
-"""Callbacks that end a run the hard way, for tests."""
+"""Callbacks that do harm to a run, for tests."""
 
 import os
 import signal
@@ -21,3 +21,11 @@ class KillAt(Callback):
     def kill(self, trainer, now: bool) -> None:
         if now and trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Diverge(Callback):
+    """One process changes a weight on its own."""
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        if trainer.global_rank == 1:
+            pl_module.model.embedding.weight.data[0, 0] += 1

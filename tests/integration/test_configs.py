@@ -1,8 +1,10 @@
 """Every file of configs/: read by a person, parsed by the command line, run on a shrunken model, counted on meta."""
 
+import csv
 import re
 
 import pytest
+import tokenizers
 import torch
 import yaml
 
@@ -55,8 +57,17 @@ def test_config_runs_on_a_shrunken_model(path, corpus, tmp_path):
     shrink = SHRINK.replace("SOURCE", str(corpus[0])).replace("CACHE", str(tmp_path / "tokens"))
     (tmp_path / "shrink.yaml").write_text(shrink)
     files = ["--config", str(path), "--config", str(tmp_path / "shrink.yaml")]
-    main(["fit", *files, "--run_dir", str(tmp_path / "run"), "--trainer.max_steps=2"])
-    assert (tmp_path / "run" / "checkpoints" / "step-00000002.ckpt").exists()
+    callbacks = yaml.safe_load(path.read_text())["trainer"].get("callbacks", [])
+    growth = [callback["init_args"] for callback in callbacks if callback["class_path"] == "GrowParameterTokens"]
+    if growth:  # with its own recipe, at steps that come
+        sizes = {"factor": 2.0, "qkv": None, "proj": None, "ffn": None}
+        growth[0]["stages"] = [{"at_step": 3 * (i + 1)} | sizes for i in range(len(growth[0]["stages"]))]
+        (tmp_path / "growth.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+        files += ["--config", str(tmp_path / "growth.yaml")]
+    steps = 3 * len(growth[0]["stages"]) + 3 if growth else 2
+    main(["fit", *files, "--run_dir", str(tmp_path / "run"), f"--trainer.max_steps={steps}"])
+    assert (tmp_path / "run" / "checkpoints" / f"step-{steps:08d}.ckpt").exists()
+    assert (tmp_path / "run" / "growth.csv").exists() == bool(growth)
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     asked = yaml.safe_load(path.read_text())
     assert saved["model"]["init_args"]["optim"]["lr"] == asked["model"]["init_args"]["optim"]["lr"]
@@ -103,9 +114,25 @@ def test_published_sizes(name):
 
 def test_every_published_config_is_tested():
     language = {name.removeprefix("language/") for name in NAMES}
-    assert language == set(PUBLISHED) | {
-        f"{name}{twin}" for name in ("quickstart", "wikitext-2") for twin in ("", "-transformer")
-    }
+    ours = {f"{name}{twin}" for name in ("quickstart", "wikitext-2") for twin in ("", "-transformer")}
+    assert language == set(PUBLISHED) | ours | {"openwebtext-growth"}
+
+
+def test_the_published_series_is_planned_with_its_sizes(tmp_path, capsys):
+    """facts: 123.6, 354.2, 753.8, 1309.7 M parameters; 314.6 B tokens and three times 31.5 B."""
+    words = {f"w{i}": i for i in range(50276)} | {"<|endoftext|>": 50276}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = ROOT / "configs/language/openwebtext-growth.yaml"
+    table = tmp_path / "plan.csv"
+    options = ["--data.tokenizer", str(tmp_path / "tokenizer.json"), "--out", str(table)]
+    main(["plan", "--config", str(config), *options])
+    rows = list(csv.DictReader(table.open()))
+    assert [f"{int(row['params']) / 1e6:.1f}" for row in rows] == ["123.6", "354.2", "753.8", "1309.7", "1309.7"]
+    assert [f"{int(row['training_tokens']) / 1e9:.1f}" for row in rows[:4]] == ["314.6", "31.5", "31.5", "31.5"]
+    assert [row["tokens_per_layer"] for row in rows[:2]] == ["576/576/2304", "2140/2140/8560"]
+    assert all(int(row["ddp_total_bytes"]) < 80e9 for row in rows)  # as its header says
+    assert "marginal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["quickstart", "wikitext-2"])

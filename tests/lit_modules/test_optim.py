@@ -34,7 +34,7 @@ def test_frozen_parameters_are_in_no_group():
 
 
 def test_adamw_has_the_published_numbers():
-    optimizer = adamw(TokenFormerLM(LMConfig(**SMALL)), OptimConfig(), fused=False)
+    optimizer = adamw(param_groups(TokenFormerLM(LMConfig(**SMALL)), 0.1), OptimConfig(), fused=False)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (6e-4, (0.9, 0.95), 1e-8)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import ASSETS
-from tokenformer import LMConfig, TokenFormerLM, grow, load_official
+from tokenformer import LMConfig, TokenFormerLM, load_official
 
 TINY = {"vocab_size": 100, "depth": 2, "dim": 32, "num_heads": 4, "qkv_tokens": 24, "proj_tokens": 20, "ffn_tokens": 64}
 GOLDEN_FILE = ASSETS / "golden_lm_small.safetensors"
@@ -283,33 +283,6 @@ def test_twin_of_equal_parameters_has_them():
     twin = LMConfig(**TINY, baseline="parameters")
     assert twin.num_params() == config.num_params()
     assert LMConfig(baseline="parameters").mlp_hidden == 4 * 768  # the published 124M size is GPT-2's twin
-
-
-@pytest.mark.parametrize("name", ["fixed", "learned"])
-def test_growing_a_model_is_exact(name):
-    torch.manual_seed(0)
-    model = TokenFormerLM(LMConfig(**TINY, scale=name)).double()
-    ids = torch.randint(0, 100, (2, 16))
-    before = model(ids)
-    grow(model, qkv=32, ffn=96)
-    grow(model, proj=32, ffn=128)
-    assert torch.allclose(model(ids), before, rtol=1e-12, atol=1e-14)
-    sizes = {"qkv_tokens": 32, "proj_tokens": 32, "ffn_tokens": 128}
-    grown = LMConfig(**TINY | sizes, scale=name)
-    assert model.num_params() == grown.num_params()
-    assert model.flops_per_token(16) == grown.flops_per_token(16)
-    small = TokenFormerLM(LMConfig(**TINY, scale=name)).double()
-    small.load_state_dict(model.state_dict())
-    assert torch.equal(small(ids), model(ids))
-
-
-def test_growth_refuses_what_it_cannot_do():
-    model = TokenFormerLM(LMConfig(**TINY))
-    with pytest.raises(ValueError, match="64 parameter tokens, more than 63"):
-        grow(model, qkv=100, ffn=63)
-    assert model.num_params() == LMConfig(**TINY).num_params()  # nothing was changed before the error
-    with pytest.raises(ValueError, match="baseline does not grow"):
-        grow(TokenFormerLM(LMConfig(**TINY, baseline="width")), ffn=100)
 
 
 BAD_CONFIGS = [

@@ -1,0 +1,321 @@
+"""Parameter tokens that are appended while a model trains."""
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lit_modules.callbacks.throughput import Throughput
+from lit_modules.growth import Recipe, Stage, describe, grow_modules, write_growths
+from lit_modules.module import TokenFormerModule
+from lit_modules.optim import check_schedule
+from lit_modules.strategies import FSDP2, adopt_growth, check_strategy, require_equal_ranks
+from tokenformer.growth import (
+    Init,
+    ScaleAfter,
+    anneal_taus,
+    grow_layers,
+    pattention_layers,
+    plan_growth,
+    why_not_exact,
+    widen,
+)
+
+
+class GrowParameterTokens(Callback):
+    """Appends parameter tokens to the model at set moments of its training. The loss does not move.
+
+    Growth comes before an optimizer step, never between the batches that it accumulates. Each writes a row to
+    `growth.csv` in the run's folder. The checkpoint says how far the model has grown; a resumed run continues from
+    there, and may have further stages, but not other ones in the past.
+
+    Args:
+        stages: when and how far, in order.
+        init: how new tokens start: zero_keys, segment_norm, pairs, split (all exact) or random (the paper's runs).
+        train: all, or new: freeze everything that is older than the last growth.
+        schedule: restart: the learning rate has a new warm-up and decay in each stage; continue: it goes on.
+        scale: tau after growth: fixed; anneal to sqrt(tokens) within `anneal_steps`; learned (a trained gain for layers
+            that have none); current (jumps to sqrt(tokens): the released code, not exact).
+        anneal_steps: optimizer steps of `scale: anneal`.
+        old_lr_scale: learning rate of what is older than the last growth, over that of the new tokens.
+        layers: all, or which: some of query, key, value, out, ffn, or patterns of layer names (`*.blocks.0.*`).
+        seed: of the new tokens.
+        verify: stop if the loss of a batch differs before and after growth.
+
+    Raises:
+        ValueError: before training, for schedules that can't be followed: see the messages.
+        RuntimeError: at growth, when the loss has moved, or processes no longer hold the same bits.
+    """
+
+    def __init__(
+        self,
+        stages: list[Stage],
+        init: Init = "zero_keys",
+        train: Literal["all", "new"] = "all",
+        schedule: Literal["continue", "restart"] = "restart",
+        scale: ScaleAfter = "fixed",
+        anneal_steps: int = 1000,
+        old_lr_scale: float = 1.0,
+        layers: str | list[str] = "all",
+        seed: int = 0,
+        verify: bool = True,
+    ) -> None:
+        self.stages = [Stage.of(stage) if isinstance(stage, dict) else stage for stage in stages]
+        self.recipe = Recipe(init=init, scale=scale, layers=layers, seed=seed, train=train)
+        self.schedule, self.anneal_steps = schedule, anneal_steps
+        self.old_lr_scale, self.verify = old_lr_scale, verify
+        self._saved_stages: list[dict[str, Any]] = []  # those that the checkpoint's run had
+        self._best, self._bad = math.inf, 0  # of the metric of a plateau; validations since
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        if not self.stages:
+            raise ValueError("stages: give at least one, such as {at_step: 1000, factor: 2.0}")
+        if self.schedule not in ("continue", "restart"):
+            raise ValueError(f"schedule={self.schedule!r}: choose continue or restart")
+        if self.anneal_steps < 1:
+            raise ValueError(f"anneal_steps={self.anneal_steps}: must be at least 1")
+        if self.old_lr_scale < 0:
+            raise ValueError(f"old_lr_scale={self.old_lr_scale}: must be at least 0; train: new freezes old parameters")
+        wide = any(stage.width for stage in self.stages)
+        if wide and (self.recipe.train == "new" or self.old_lr_scale != 1):
+            raise ValueError("width: all weights of a wider baseline are new: set train: all and old_lr_scale: 1")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, TokenFormerModule):
+            raise ValueError(f"GrowParameterTokens grows the modules of this project, not {type(pl_module).__name__}")
+        check_strategy(trainer.strategy)
+        if isinstance(trainer.strategy, FSDP2):
+            self._check_sharded(pl_module)
+        pl_module.old_lr_scale = self.old_lr_scale
+        with torch.device("meta"):
+            self._rehearse(pl_module.build_model())
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which ends before any of them
+            self._check_moments(trainer)
+            self._check_spans(trainer, pl_module)
+
+    def _check_sharded(self, module: TokenFormerModule) -> None:
+        """What can't be done to parameters of which each process has a part."""
+        if self.recipe.init == "split":
+            raise ValueError("init: split divides the old values, which no process has whole in FSDP2: choose another")
+        if any(stage.width for stage in self.stages):
+            raise ValueError("width: a baseline can't be widened in FSDP2; use ddp")
+        if self.recipe.scale == "learned" and module.config.scale != "learned":
+            raise ValueError("scale: learned in FSDP2 needs model.config.scale: learned from the start")
+
+    def _check_moments(self, trainer: Trainer) -> None:
+        """The moments are in order and before the end, as far as one can know."""
+        last = 0
+        for i, stage in enumerate(self.stages):
+            step = self._step_of(stage, trainer)
+            if step is None:
+                continue
+            if step >= trainer.max_steps >= 0:
+                raise ValueError(f"stage {i + 1} {stage} comes at step {step}: trainer.max_steps={trainer.max_steps}")
+            if step <= last:
+                raise ValueError(f"stage {i + 1} {stage} comes at step {step}, not after {self.stages[i - 1]}")
+            last = step
+
+    def _step_of(self, stage: Stage, trainer: Trainer) -> int | None:
+        """The step before which a stage comes; None where that shows only in the training."""
+        if stage.at_tokens is None:
+            return stage.at_step
+        per_batch = getattr(getattr(trainer, "datamodule", None), "tokens_per_batch", None)
+        if per_batch is None:
+            return None
+        return math.ceil(stage.at_tokens / (per_batch * trainer.world_size * trainer.accumulate_grad_batches))
+
+    def _rehearse(self, model: Any) -> None:
+        """All stages on a model without contents: counts, kinds and claims of exactness."""
+        recipe = self.recipe
+        for i, stage in enumerate(self.stages):
+            try:
+                if stage.width is not None:
+                    model = widen(model, stage.width)
+                    continue
+                found = pattention_layers(model)
+                layer = next(iter(found.values()), None)
+                if layer is not None and layer.tau_gain is not None and recipe.scale == "anneal":
+                    raise ValueError("scale: anneal moves a tau that model.config.scale: learned trains: choose one")
+                if self.verify and layer is not None:
+                    scale = "current" if layer.scale == "current" else recipe.scale
+                    if reason := why_not_exact(recipe.init, scale, layer.score_norm):
+                        raise ValueError(f"{reason}; it can't be verified: set verify: false, or choose an exact kind")
+                planned = plan_growth(model, stage.counts, recipe.layers, stage.factor)
+                if not planned:
+                    raise ValueError(f"adds no tokens to the layers chosen (layers: {recipe.layers})")
+                grow_layers(model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed)
+            except ValueError as error:
+                raise ValueError(f"stage {i + 1} {stage}: {error}") from error
+
+    def _check_spans(self, trainer: Trainer, module: TokenFormerModule) -> None:
+        """With `schedule: restart` each stage has room for its warm-up."""
+        if self.schedule == "continue":
+            return
+        ends = [step for stage in self.stages if (step := self._step_of(stage, trainer)) is not None]
+        for start, end in zip((0, *ends), (*ends, trainer.max_steps), strict=True):
+            check_schedule(module.optim, end - start, f"steps {start} to {end}, a stage of schedule: restart")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, TokenFormerModule)
+        self._check_past(trainer, pl_module)
+        self._set_lr_span(trainer, pl_module)
+        self._write(trainer, pl_module)
+
+    def _applied(self, module: TokenFormerModule) -> int:
+        """How many of the stages the model has grown by."""
+        return sum(record["stage"] is not None for record in module.growths)
+
+    def _check_past(self, trainer: Trainer, module: TokenFormerModule) -> None:
+        """The past of a resumed run is the one that its stages ask for."""
+        asked = [asdict(stage) for stage in self.stages]
+        applied, tokens = self._applied(module), self._counter(trainer).tokens
+        agrees = len(asked) >= applied and asked[:applied] == self._saved_stages[:applied]
+        for i, stage in enumerate(self.stages[applied:], applied):
+            if asked[i : i + 1] != self._saved_stages[i : i + 1]:  # new: must not have been due before
+                agrees &= stage.at_step is None or stage.at_step >= trainer.global_step
+                agrees &= stage.at_tokens is None or stage.at_tokens >= tokens
+        if agrees:
+            return
+        saved = [Stage.of(stage) for stage in self._saved_stages]
+        raise ValueError(
+            f"the stages contradict the past of this run, at step {trainer.global_step} with {applied} of them done.\n"
+            f"  of the checkpoint: {'; '.join(map(str, saved)) or 'none'}\n"
+            f"  of this config:    {'; '.join(map(str, self.stages))}\n"
+            "Stages that are done must stay as they were; new ones must lie ahead."
+        )
+
+    def _set_lr_span(self, trainer: Trainer, module: TokenFormerModule) -> None:
+        if self.schedule == "continue":
+            module.lr_span = None
+            return
+        start = max((record["step"] for record in module.growths), default=0)
+        ahead = (self._step_of(stage, trainer) for stage in self.stages[self._applied(module) :][:1])
+        end = next((step for step in ahead if step is not None), trainer.max_steps)
+        module.lr_span = (start, end)
+
+    def _counter(self, trainer: Trainer) -> Throughput:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput):
+                return callback
+        raise ValueError("GrowParameterTokens needs the callback Throughput, which counts tokens and FLOPs")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, TokenFormerModule)
+        pending = self.stages[self._applied(pl_module) :]
+        if trainer.sanity_checking or not pending or (plateau := pending[0].on_plateau) is None:
+            return
+        if plateau.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"on_plateau.monitor={plateau.monitor!r} is not logged: "
+                f"choose one of {', '.join(sorted(trainer.callback_metrics))}"
+            )
+        value = float(trainer.callback_metrics[plateau.monitor])
+        if value < self._best - plateau.min_delta:
+            self._best, self._bad = value, 0
+        else:
+            self._bad += 1
+
+    def _is_due(self, stage: Stage, trainer: Trainer) -> bool:
+        if stage.at_step is not None:
+            return trainer.global_step >= stage.at_step
+        if stage.at_tokens is not None:
+            return self._counter(trainer).tokens >= stage.at_tokens
+        assert stage.on_plateau is not None
+        return self._bad >= stage.on_plateau.patience
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert isinstance(pl_module, TokenFormerModule)
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        pending = self.stages[self._applied(pl_module) :]
+        if pending and self._is_due(pending[0], trainer):
+            self._grow(trainer, pl_module, pending[0], batch)
+        if self.recipe.scale == "anneal" and pl_module.growths:
+            left = pl_module.growths[-1]["step"] + self.anneal_steps - trainer.global_step
+            if left > 0:
+                anneal_taus(pl_module.model, left)
+
+    def _grow(self, trainer: Trainer, module: TokenFormerModule, stage: Stage, batch: Any) -> None:
+        start = time.perf_counter()
+        self._counter(trainer).pause()
+        loss_before = self._probe(trainer, module, batch)
+        averages = _averages(trainer)
+        record = {
+            "stage": self._applied(module) + 1,
+            "step": trainer.global_step,
+            "tokens": self._counter(trainer).tokens,
+            "flops": self._counter(trainer).flops,
+        } | grow_modules([module, *averages], stage, self.recipe)
+        require_equal_ranks(trainer.strategy, [grown.model for grown in (module, *averages)])
+        module.growths = [*module.growths, record]
+        module.freeze_old()
+        adopt_growth(trainer.strategy)
+        torch.compiler.reset()  # else torch.compile gives up after a few sizes and says so in a warning only
+        module.regroup_optimizer()
+        self._best, self._bad = math.inf, 0
+        self._set_lr_span(trainer, module)
+        module.apply_rates()
+        loss_after = self._probe(trainer, module, batch)
+        record |= {"loss_before": float(loss_before), "loss_after": float(loss_after)}
+        record["seconds"] = time.perf_counter() - start
+        self._write(trainer, module)
+        rank_zero_info(
+            f"grown at step {record['step']:,} ({record['tokens']:,} tokens): {describe(record)}, loss of a batch "
+            f"{record['loss_before']:.6f} -> {record['loss_after']:.6f}, {record['seconds']:.2f} s"
+        )
+        if self.verify:
+            self._compare(trainer, loss_before, loss_after)
+
+    def _probe(self, trainer: Trainer, module: TokenFormerModule, batch: Any) -> Tensor:
+        """The loss of a batch, without a trace in the model."""
+        training = module.model.training
+        module.model.eval()
+        with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
+            loss = module.probe_loss(batch)
+        module.model.train(training)
+        if isinstance(trainer.strategy, FSDP2):
+            trainer.strategy.reshard()
+        return loss
+
+    def _compare(self, trainer: Trainer, before: Tensor, after: Tensor) -> None:
+        precision = str(trainer.precision)
+        tolerance = 2**-8 if "16" in precision else 1e-10 if "64" in precision else 1e-5
+        moved = ((after.double() - before.double()).abs() / before.double().abs()).float()
+        moved = trainer.strategy.reduce(moved, reduce_op="max")  # so that all processes stop together
+        if not moved <= tolerance:
+            raise RuntimeError(
+                f"verify: growth moved the loss of a batch by {float(moved):.2e} of it, from {float(before):.6f} to "
+                f"{float(after):.6f} in this process; {tolerance:.0e} is allowed in {precision}. "
+                "Nothing was trained on; the last checkpoint is from before the growth."
+            )
+
+    def _write(self, trainer: Trainer, module: TokenFormerModule) -> None:
+        """`growth.csv`: a row of each growth of this model, also of those before a resume."""
+        if trainer.is_global_zero and module.growths:
+            write_growths(Path(trainer.default_root_dir) / "growth.csv", module.growths)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stages": [asdict(stage) for stage in self.stages], "best": self._best, "bad": self._bad}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved_stages = state_dict["stages"]
+        self._best, self._bad = state_dict["best"], state_dict["bad"]
+
+
+def _averages(trainer: Trainer) -> list[TokenFormerModule]:
+    """Modules that are averages of the one in training."""
+    return [
+        callback._average_model.module  # type: ignore[misc]
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None
+    ]

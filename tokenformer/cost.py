@@ -1,0 +1,184 @@
+"""What training costs: FLOPs of a run that grows, memory of a step. Arithmetic alone: a model may be on `meta`.
+
+T input tokens of a device's batch (all its sequences), D channels, H heads, N parameter tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from tokenformer.backbone import Block
+from tokenformer.baseline import MLP
+from tokenformer.language import TokenFormerLM
+from tokenformer.loss import BLOCK_LOGITS, BLOCK_ROWS
+from tokenformer.pattention import Pattention
+
+# Lightning's name of a precision: bytes of weights, gradients and Adam's moments; bytes of what is multiplied.
+PRECISIONS = {
+    "64-true": (8, 8),
+    "32-true": (4, 4),
+    "16-mixed": (4, 2),
+    "bf16-mixed": (4, 2),
+    "16-true": (2, 2),
+    "bf16-true": (2, 2),
+}
+
+# T x N buffers that an operator keeps for its backward pass.
+SCORE_BUFFERS = {"l2_norm_gelu": 1, "gelu_l2_norm": 3, "softmax": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Training at one size, between two growths.
+
+    Attributes:
+        num_params: parameters.
+        flops_per_token: FLOPs of a forward pass per token.
+        num_tokens: training tokens; None where nobody knows beforehand.
+    """
+
+    num_params: int
+    flops_per_token: int
+    num_tokens: int | None
+
+    @property
+    def training_flops(self) -> int | None:
+        """Forward, and twice that for backward; what activation checkpointing computes again does not count."""
+        return None if self.num_tokens is None else 3 * self.flops_per_token * self.num_tokens
+
+
+def cumulative_flops(phases: Sequence[Phase]) -> list[int | None]:
+    """Training FLOPs from the start of the run to the end of each phase; None from the first unknown one on."""
+    totals: list[int | None] = []
+    for phase in phases:
+        before, flops = totals[-1] if totals else 0, phase.training_flops
+        totals.append(None if before is None or flops is None else before + flops)
+    return totals
+
+
+def marginal_flops(phases: Sequence[Phase]) -> int | None:
+    """Training FLOPs of all phases but the first, whose model counts as given (paper, tables 6 and 7)."""
+    return cumulative_flops(phases[1:])[-1] if len(phases) > 1 else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device at the peak of a training step; see :func:`training_memory`."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All four."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def training_memory(
+    model: TokenFormerLM,
+    batch_size: int,
+    seq_len: int,
+    precision: str = "32-true",
+    devices: int = 1,
+    sharded: bool = False,
+) -> Memory:
+    """Memory per device of a training step with AdamW, its gradients kept all the time (as when accumulating).
+
+    Replicated (DDP), every device has everything, and of the gradients a second copy, the buckets in which they
+    travel. Sharded (FSDP2 of each block and of the rest, resharded after the forward pass), a device has its share,
+    and whole: the embeddings, two blocks' weights (one at work, one on its way) and one block's gradients.
+
+    Against what small steps hold at their peak on a CPU (float32, float64, bfloat16, autocast; grown or not):
+    activations within 3 %, with checkpointing 7 % (a Transformer's 12 %), sharded totals within 10 %. Not counted:
+    scratch memory of kernels, fragments, an EMA, what torch.compile saves. With `score_norm` gelu_l2_norm or softmax
+    temporaries of the backward pass are not counted either: up to 40 % too little with checkpointing.
+
+    Args:
+        model: as large as it is at that time; its `backbone.checkpoint_activations` and frozen parameters count.
+        batch_size: sequences of a batch on each device.
+        seq_len: tokens of a sequence.
+        precision: Lightning's name.
+        devices: that the model trains on.
+        sharded: FSDP2 in place of DDP.
+
+    Raises:
+        ValueError: for a precision that is not in `PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision={precision!r}: a plan knows {', '.join(PRECISIONS)}")
+    wide = PRECISIONS[precision][0]
+    weights, trained = (wide * sum(p.numel() for p in params) for params in (model.parameters(), _trained(model)))
+    activations = activation_bytes(model, batch_size * seq_len, precision)
+    if not sharded:
+        gradients = 2 * trained if devices > 1 else trained
+        return Memory(weights=weights, gradients=gradients, optimizer=2 * trained, activations=activations)
+    blocks = [wide * sum(p.numel() for p in block.parameters()) for block in model.backbone.blocks]
+    block_gradients = wide * max(sum(p.numel() for p in _trained(block)) for block in model.backbone.blocks)
+    share = -(-trained // devices)
+    return Memory(
+        weights=-(-weights // devices) + weights - sum(blocks) + sum(sorted(blocks)[-2:]),
+        gradients=share + block_gradients,
+        optimizer=2 * share,
+        activations=activations,
+    )
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def activation_bytes(model: TokenFormerLM, num_tokens: int, precision: str) -> int:
+    """What a step on T = `num_tokens` tokens needs besides weights, gradients and optimizer state, at its peak.
+
+    That is in the loss or in the backward pass of a block, whichever is more, with what is kept until then.
+    """
+    config, (wide, narrow) = model.config, PRECISIONS[precision]
+    residual = num_tokens * config.dim * wide
+    stack: list[Block] = list(model.backbone.blocks)  # type: ignore[arg-type]
+    blocks = [_block(block, config.rotary_dim > 0, num_tokens, wide, narrow) for block in stack]
+    kept, recomputed, copies = sum(kept for kept, _ in blocks), 0, 0
+    if model.backbone.checkpoint_activations:
+        kept, recomputed = residual * len(blocks), max(kept for kept, _ in blocks) - residual
+        if config.baseline is not None and wide != narrow:  # autocast caches its copies of linear weights
+            copies = narrow * config.depth * config.block_matmul_params()
+    output_gradient = wide * config.vocab_size * config.dim if config.tie_embeddings else 0  # waits for the embedding's
+    at_backward = recomputed + max(working for _, working in blocks) + output_gradient
+    return kept + max(at_backward, residual + copies + _loss(model, num_tokens, wide, narrow))
+
+
+def _block(block: Block, rotary: bool, T: int, wide: int, narrow: int) -> tuple[int, int]:
+    """Bytes that a block keeps for its backward pass, and that its largest layer's backward pass works with."""
+    D, mixed, attention = block.attention_norm.normalized_shape[0], wide != narrow, block.attention
+    kept = 2 * T * (D * wide + 8)  # the norms' inputs, means and deviations
+    kept += T * ((5 if rotary else 4) * D * narrow + 4 * attention.num_heads)  # q, k, v, out (rotated: in two layouts)
+    widest = readers = 0
+    for layer in (attention.query, attention.key, attention.value, block.ffn, attention.out):
+        num_operators = 1
+        if isinstance(layer, Pattention):
+            groups = [(sum(s.num_tokens for s in group), len(group)) for group in layer.norm_groups()]
+            num_operators = len(groups)
+            for N, segments in groups:
+                kept += T * narrow * (SCORE_BUFFERS[layer.score_norm] * N + 1)  # and a factor for each row
+                kept += 2 * N * D * narrow if mixed or segments > 1 else 0  # cast or concatenated, tokens are copies
+                widest = max(widest, N)
+        elif isinstance(layer, MLP):
+            widest = layer.up.out_features
+            kept += 2 * T * widest * narrow + mixed * 2 * widest * D * narrow
+        elif isinstance(layer, nn.Linear):
+            kept += mixed * D * D * narrow
+        readers += 0 if layer is attention.out else num_operators
+    kept += readers * T * D * narrow if mixed else 2 * T * D * wide  # the norms' outputs; autocast: a copy per reader
+    return kept, T * widest * narrow + T * D * (wide + (2 + mixed) * narrow) + 2 * widest * D * narrow
+
+
+def _loss(model: TokenFormerLM, T: int, wide: int, narrow: int) -> int:
+    """Bytes that :func:`~tokenformer.loss.linear_cross_entropy` needs, its input and the gradients it keeps too."""
+    (V, D), single = model.output_weight.shape, max(wide, 4)
+    rows = max(1, min(BLOCK_LOGITS // V, BLOCK_ROWS, T))
+    logits = 2 * single * rows * V  # and their log-softmax
+    if rows < T:  # those of the block before are still there
+        logits += (single + (narrow if narrow != single else 0)) * rows * V
+    return logits + V * D * (single + (narrow if wide != narrow else 0)) + T * D * (wide + narrow)
