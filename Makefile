@@ -31,6 +31,7 @@ types: setup
 bench: setup
 	$(BIN)/python -m benchmarks.operator
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.growth
 
 clean:
 	rm -rf .venv runs data *.egg-info

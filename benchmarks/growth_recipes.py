@@ -25,16 +25,21 @@ from lit_modules.optim import OptimConfig, adamw, lr_scheduler, param_groups
 from tokenformer import LMConfig, TokenFormerLM, grow
 from tokenformer.growth import anneal_taus
 
-RATES = (2e-3, 4e-3, 8e-3)
 BASE_RATE = 4e-3
 SEQ_LEN, BATCH_SIZE = 96, 12
-# sizes of the base, factor of growth, steps of the base and of the stage after growth
+# sizes of the base, factor of growth, steps of the base and of the stage after growth, rates of the stage
 SIZES = {
-    "small": ({"depth": 3, "dim": 96, "num_heads": 4, "qkv_tokens": 72, "proj_tokens": 72, "ffn_tokens": 288}, 4, 400),
+    "small": (
+        {"depth": 3, "dim": 96, "num_heads": 4, "qkv_tokens": 72, "proj_tokens": 72, "ffn_tokens": 288},
+        4,
+        400,
+        (2e-3, 4e-3, 8e-3),
+    ),
     "medium": (
         {"depth": 4, "dim": 128, "num_heads": 4, "qkv_tokens": 128, "proj_tokens": 128, "ffn_tokens": 512},
         2,
         300,
+        (2e-3, 4e-3),
     ),
 }
 # tau of the base, how new tokens start, what tau does after growth
@@ -88,7 +93,7 @@ def _data(seed: int) -> TextDataModule:
 @cache
 def trained_base(size: str, scale: str, seed: int) -> TokenFormerLM:
     """The model before growth."""
-    sizes, _, steps = SIZES[size]
+    sizes, _, steps, _ = SIZES[size]
     torch.manual_seed(seed)
     config = LMConfig(vocab_size=257, max_seq_len=SEQ_LEN, init="scaled", scale=scale, **sizes)  # type: ignore[arg-type]
     model = TokenFormerLM(config)
@@ -99,7 +104,7 @@ def trained_base(size: str, scale: str, seed: int) -> TokenFormerLM:
 def run(size: str, recipe: str, rate: float, seed: int) -> dict[str, object]:
     """Train, grow, train; a row of losses."""
     base_scale, init, scale = RECIPES[recipe]
-    sizes, factor, steps = SIZES[size]
+    sizes, factor, steps, _ = SIZES[size]
     model = copy.deepcopy(trained_base(size, base_scale, seed))
     before = validation_loss(model)
     if init is not None:
@@ -139,7 +144,7 @@ def main() -> None:
     args = parser.parse_args()
     study = Study(args.size)
     for recipe in RECIPES:
-        tried = {rate: study.end(recipe, rate, 0) for rate in RATES}
+        tried = {rate: study.end(recipe, rate, 0) for rate in SIZES[args.size][3]}
         best = min(tried, key=lambda rate: tried[rate])
         ends = [study.end(recipe, best, seed) for seed in range(args.seeds)]
         grid = "  ".join(f"{rate:g}: {end:.4f}" for rate, end in tried.items())

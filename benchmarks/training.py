@@ -1,4 +1,4 @@
-"""Training tokens/s of the quickstart model against its Transformer twin, through `tokenformer fit`, in the same run.
+"""Training tokens/s of the quickstart model, at its last size, against its Transformer twin; both through the CLI.
 
     python -m benchmarks.training [--steps 60] [--rounds 5]
 
@@ -26,8 +26,9 @@ def tokens_per_second(config: str, steps: int, folder: str) -> float:
         "--trainer.enable_progress_bar=false",
         f"--checkpoint.every_n_train_steps={steps}",
     ]
+    size = [f"--model.config.{name}" for name in ("qkv_tokens=128", "proj_tokens=128", "ffn_tokens=512")]
     path = f"configs/language/{config}.yaml"
-    tokenformer(["fit", "--config", path, "--run_dir", str(run_dir / "run"), *length, *quiet])
+    tokenformer(["fit", "--config", path, "--run_dir", str(run_dir / "run"), *size, *length, *quiet])
     with (run_dir / "run" / "metrics.csv").open(newline="") as file:
         speeds = [float(row["train/tokens_per_second"]) for row in csv.DictReader(file)]
     return statistics.median(speeds[1:])

@@ -1,13 +1,24 @@
 """What a growth is: when it comes, how far it goes, how new tokens start; done to modules, and remembered by them."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lit_modules.module import TokenFormerModule
-from tokenformer.growth import COUNT_OF, Init, ScaleAfter, grow_layers, pattention_layers, plan_growth, widen
+from tokenformer.growth import (
+    COUNT_OF,
+    Init,
+    ScaleAfter,
+    freeze_all_but,
+    grow_layers,
+    new_parameters,
+    pattention_layers,
+    plan_growth,
+    why_not_exact,
+    widen,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +111,42 @@ class Recipe:
             )
 
 
+def rehearse(model: Any, stages: Sequence[Stage], recipe: Recipe, verify: bool = False) -> Iterator[Any]:
+    """Do all stages to a model without contents (on `meta`): the model after each, with what is frozen then.
+
+    Raises:
+        ValueError: for a stage that can't be done, or, with `verify`, one that is not exact.
+    """
+    for i, stage in enumerate(stages):
+        try:
+            if stage.width is not None:
+                model = widen(model, stage.width)
+            else:
+                found = pattention_layers(model)
+                layer = next(iter(found.values()), None)
+                if layer is not None and layer.tau_gain is not None and recipe.scale == "anneal":
+                    raise ValueError("scale: anneal moves a tau that model.config.scale: learned trains: choose one")
+                if layer is not None and verify:
+                    scale = "current" if layer.scale == "current" else recipe.scale
+                    if reason := why_not_exact(recipe.init, scale, layer.score_norm):
+                        raise ValueError(f"{reason}; it can't be verified: set verify: false, or choose an exact kind")
+                planned = _planned(model, stage, recipe)
+                grow_layers(model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed)
+                if recipe.train == "new":
+                    freeze_all_but(model, new_parameters(model, planned))
+        except ValueError as error:
+            raise ValueError(f"stage {i + 1} {stage}: {error}") from error
+        yield model
+
+
+def _planned(model: Any, stage: Stage, recipe: Recipe) -> dict[str, int]:
+    """New tokens of each layer."""
+    planned = plan_growth(model, stage.counts, recipe.layers, stage.factor)
+    if not planned:
+        raise ValueError(f"adds no tokens to the layers chosen (layers: {recipe.layers})")
+    return planned
+
+
 def grow_modules(modules: Sequence[TokenFormerModule], stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Grow a module, and averages of it in the same way; say what happened, for the history and `growth.csv`."""
     model = modules[0].model
@@ -107,9 +154,7 @@ def grow_modules(modules: Sequence[TokenFormerModule], stage: Stage, recipe: Rec
     before = {name: layer.num_tokens for name, layer in pattention_layers(model).items()}
     planned: dict[str, int] = {}
     if stage.width is None:
-        planned = plan_growth(model, stage.counts, recipe.layers, stage.factor)
-        if not planned:
-            raise ValueError(f"{stage} adds no tokens to the layers chosen (layers: {recipe.layers})")
+        planned = _planned(model, stage, recipe)
     for module in modules:
         if stage.width is None:
             grow_layers(module.model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed)
@@ -125,6 +170,7 @@ def grow_modules(modules: Sequence[TokenFormerModule], stage: Stage, recipe: Rec
         **{f"{kind}_after": count for kind, count in _count_by_kind(after).items()},
         "params_before": params_before,
         "params_after": modules[0].model.num_params(),
+        "asked": asdict(stage),
         "layers": {name: [before[name], after[name]] for name in planned},
     }
 
@@ -140,7 +186,7 @@ def _count_by_kind(counts: dict[str, int]) -> dict[str, str]:
 
 def write_growths(path: Path, growths: list[dict[str, Any]]) -> None:
     """A row of each growth of a model, as CSV."""
-    columns = [name for name in growths[0] if name != "layers"]
+    columns = [name for name in growths[0] if name not in ("asked", "layers")]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()

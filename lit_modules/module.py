@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_modules.optim import OptimConfig, adamw, check_schedule, lr_factor, param_groups, regroup
 from tokenformer.config import BackboneConfig
-from tokenformer.growth import new_parameters, pattention_layers
+from tokenformer.growth import freeze_all_but, new_parameters, pattention_layers
 
 
 class TokenFormerModule(LightningModule):
@@ -86,9 +86,7 @@ class TokenFormerModule(LightningModule):
     def freeze_old(self) -> None:
         """Freeze what is older than the last growth, if that growth says so."""
         if self.growths and self.growths[-1]["train"] == "new" and self._trainer is not None:
-            new = set(new_parameters(self.model, self.growths[-1]["layers"]))
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name in new)
+            freeze_all_but(self.model, new_parameters(self.model, self.growths[-1]["layers"]))
 
     def _refuse_average_without_ema(self, checkpoint: dict[str, Any]) -> None:
         """The optimizer state of the weights is of no use to their average."""

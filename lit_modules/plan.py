@@ -4,18 +4,18 @@ import csv
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lit_modules.callbacks import GrowParameterTokens
-from lit_modules.growth import Stage
+from lit_modules.growth import Stage, rehearse
 from lit_modules.hardware import PEAKS, peak_flops
 from lit_modules.language import LanguageModule
 from tokenformer.cost import Memory, Phase, cumulative_flops, marginal_flops, training_memory
-from tokenformer.growth import COUNT_OF, grow_layers, new_parameters, pattention_layers, plan_growth
+from tokenformer.growth import COUNT_OF, pattention_layers
 from tokenformer.language import TokenFormerLM
 
 MEMORY = {"weights": "weight", "gradients": "grad", "optimizer": "optim", "activations": "activ", "total": "total"}
@@ -121,9 +121,9 @@ def plan_rows(model: LanguageModule, datamodule: Any, trainer: Any, devices: int
     bounds = [*_starts(stages, per_step, trainer.max_steps), trainer.max_steps]
     with torch.device("meta"):
         net = model.build_model()
-    net.backbone.checkpoint_activations = model.checkpoint_activations
 
-    def row(stage: str, from_step: int | None, num_tokens: int | None) -> Row:
+    def row(net: TokenFormerLM, stage: str, from_step: int | None, num_tokens: int | None) -> Row:
+        net.backbone.checkpoint_activations = model.checkpoint_activations
         flops = net.flops_per_token(datamodule.seq_len)
         phase = Phase(num_params=net.num_params(), flops_per_token=flops, num_tokens=num_tokens)
         ddp, fsdp = (
@@ -135,18 +135,17 @@ def plan_rows(model: LanguageModule, datamodule: Any, trainer: Any, devices: int
         start = "plateau" if from_step is None else from_step
         return Row(stage=stage, from_step=start, tokens_per_layer=_tokens(net), phase=phase, ddp=ddp, fsdp=fsdp)
 
+    sizes = chain([net], rehearse(net, growth.stages, growth.recipe) if growth else ())
     rows = []
-    for i, (start, end) in enumerate(pairwise(bounds)):
-        if growth and i:
-            _grow(net, growth, i)
+    for i, (net, (start, end)) in enumerate(zip(sizes, pairwise(bounds), strict=True)):
         known = start is not None and end is not None and None not in bounds[:i]
-        rows.append(row(str(i or "base"), start, (end - start) * per_step if known else None))
+        rows.append(row(net, str(i or "base"), start, (end - start) * per_step if known else None))
     if growth:
         for parameter in net.parameters():
             parameter.requires_grad_(True)
         for layer in pattention_layers(net).values():
             layer.match({"segments.0.keys": torch.Size((layer.num_tokens, layer.in_features))})
-        rows.append(row("scratch", 0, trainer.max_steps * per_step))
+        rows.append(row(net, "scratch", 0, trainer.max_steps * per_step))
     return rows
 
 
@@ -167,25 +166,13 @@ def _starts(stages: Sequence[Stage], per_step: int, max_steps: int) -> list[int 
     return starts
 
 
-def _grow(net: TokenFormerLM, growth: GrowParameterTokens, number: int) -> None:
-    """Do to a model without contents what the growth of this number (from 1) will do."""
-    stage = growth.stages[number - 1]
-    try:
-        planned = plan_growth(net, stage.counts, growth.recipe.layers, stage.factor)
-        grow_layers(net, planned, init=growth.recipe.init, scale=growth.recipe.scale)
-    except ValueError as error:
-        raise ValueError(f"stage {number} {stage}: {error}") from error
-    if growth.recipe.train == "new":
-        new = new_parameters(net, planned)
-        for name, parameter in net.named_parameters():
-            parameter.requires_grad_(name in new)
-
-
 def _tokens(net: TokenFormerLM) -> str:
     """Parameter tokens of each layer, qkv/proj/ffn; least and most where layers of a kind differ."""
     counts: dict[str, set[int]] = {kind: set() for kind in COUNT_OF.values()}
     for name, layer in pattention_layers(net).items():
         counts[COUNT_OF[name.rsplit(".", 1)[-1]]].add(layer.num_tokens)
+    if not any(counts.values()):
+        return f"width {net.config.dim}"
     return "/".join("-".join(map(str, sorted({min(c), max(c)}))) if c else "-" for c in counts.values())
 
 

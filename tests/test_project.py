@@ -49,7 +49,8 @@ def test_versions_agree():
 
 
 def test_readme_python_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    pages = "".join((ROOT / name).read_text() for name in ("README.md", "docs/growth.md"))
+    blocks = re.findall(r"```python\n(.*?)```", pages, re.S)
     assert blocks
     for block in blocks:
         exec(block, {})

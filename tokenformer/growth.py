@@ -289,6 +289,13 @@ def new_parameters(model: nn.Module, layers: Iterable[str]) -> list[str]:
     ]
 
 
+def freeze_all_but(model: nn.Module, names: Iterable[str]) -> None:
+    """Let only these parameters be trained."""
+    trained = set(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
 @torch.no_grad()
 def anneal_taus(model: nn.Module, steps_left: int) -> None:
     """One step of every tau on its straight way to sqrt(N), which it reaches when `steps_left` was 1."""

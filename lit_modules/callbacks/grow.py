@@ -13,20 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_modules.callbacks.throughput import Throughput
-from lit_modules.growth import Recipe, Stage, describe, grow_modules, write_growths
+from lit_modules.growth import Recipe, Stage, describe, grow_modules, rehearse, write_growths
 from lit_modules.module import TokenFormerModule
 from lit_modules.optim import check_schedule
 from lit_modules.strategies import FSDP2, adopt_growth, check_strategy, require_equal_ranks
-from tokenformer.growth import (
-    Init,
-    ScaleAfter,
-    anneal_taus,
-    grow_layers,
-    pattention_layers,
-    plan_growth,
-    why_not_exact,
-    widen,
-)
+from tokenformer.growth import Init, ScaleAfter, anneal_taus
 
 
 class GrowParameterTokens(Callback):
@@ -97,11 +88,11 @@ class GrowParameterTokens(Callback):
         if isinstance(trainer.strategy, FSDP2):
             self._check_sharded(pl_module)
         pl_module.old_lr_scale = self.old_lr_scale
-        with torch.device("meta"):
-            self._rehearse(pl_module.build_model())
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which ends before any of them
             self._check_moments(trainer)
             self._check_spans(trainer, pl_module)
+        with torch.device("meta"):
+            list(rehearse(pl_module.build_model(), self.stages, self.recipe, self.verify))
 
     def _check_sharded(self, module: TokenFormerModule) -> None:
         """What can't be done to parameters of which each process has a part."""
@@ -134,29 +125,6 @@ class GrowParameterTokens(Callback):
             return None
         return math.ceil(stage.at_tokens / (per_batch * trainer.world_size * trainer.accumulate_grad_batches))
 
-    def _rehearse(self, model: Any) -> None:
-        """All stages on a model without contents: counts, kinds and claims of exactness."""
-        recipe = self.recipe
-        for i, stage in enumerate(self.stages):
-            try:
-                if stage.width is not None:
-                    model = widen(model, stage.width)
-                    continue
-                found = pattention_layers(model)
-                layer = next(iter(found.values()), None)
-                if layer is not None and layer.tau_gain is not None and recipe.scale == "anneal":
-                    raise ValueError("scale: anneal moves a tau that model.config.scale: learned trains: choose one")
-                if self.verify and layer is not None:
-                    scale = "current" if layer.scale == "current" else recipe.scale
-                    if reason := why_not_exact(recipe.init, scale, layer.score_norm):
-                        raise ValueError(f"{reason}; it can't be verified: set verify: false, or choose an exact kind")
-                planned = plan_growth(model, stage.counts, recipe.layers, stage.factor)
-                if not planned:
-                    raise ValueError(f"adds no tokens to the layers chosen (layers: {recipe.layers})")
-                grow_layers(model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed)
-            except ValueError as error:
-                raise ValueError(f"stage {i + 1} {stage}: {error}") from error
-
     def _check_spans(self, trainer: Trainer, module: TokenFormerModule) -> None:
         """With `schedule: restart` each stage has room for its warm-up."""
         if self.schedule == "continue":
@@ -179,14 +147,15 @@ class GrowParameterTokens(Callback):
         """The past of a resumed run is the one that its stages ask for."""
         asked = [asdict(stage) for stage in self.stages]
         applied, tokens = self._applied(module), self._counter(trainer).tokens
-        agrees = len(asked) >= applied and asked[:applied] == self._saved_stages[:applied]
+        past = [record["asked"] for record in module.growths if record["stage"] is not None]
+        agrees = asked[:applied] == past
         for i, stage in enumerate(self.stages[applied:], applied):
             if asked[i : i + 1] != self._saved_stages[i : i + 1]:  # new: must not have been due before
                 agrees &= stage.at_step is None or stage.at_step >= trainer.global_step
                 agrees &= stage.at_tokens is None or stage.at_tokens >= tokens
         if agrees:
             return
-        saved = [Stage.of(stage) for stage in self._saved_stages]
+        saved = [Stage.of(stage) for stage in self._saved_stages or past]
         raise ValueError(
             f"the stages contradict the past of this run, at step {trainer.global_step} with {applied} of them done.\n"
             f"  of the checkpoint: {'; '.join(map(str, saved)) or 'none'}\n"

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 
 import pytest
 import tokenizers
@@ -57,17 +58,17 @@ def test_config_runs_on_a_shrunken_model(path, corpus, tmp_path):
     shrink = SHRINK.replace("SOURCE", str(corpus[0])).replace("CACHE", str(tmp_path / "tokens"))
     (tmp_path / "shrink.yaml").write_text(shrink)
     files = ["--config", str(path), "--config", str(tmp_path / "shrink.yaml")]
-    callbacks = yaml.safe_load(path.read_text())["trainer"].get("callbacks", [])
-    growth = [callback["init_args"] for callback in callbacks if callback["class_path"] == "GrowParameterTokens"]
-    if growth:  # with its own recipe, at steps that come
+    stages = len(growth_of(path).get("stages", []))
+    if stages:  # with its own recipe, at steps that come
+        callbacks = yaml.safe_load(path.read_text())["trainer"]["callbacks"]
         sizes = {"factor": 2.0, "qkv": None, "proj": None, "ffn": None}
-        growth[0]["stages"] = [{"at_step": 3 * (i + 1)} | sizes for i in range(len(growth[0]["stages"]))]
+        callbacks[0]["init_args"]["stages"] = [{"at_step": 3 * (i + 1)} | sizes for i in range(stages)]
         (tmp_path / "growth.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
         files += ["--config", str(tmp_path / "growth.yaml")]
-    steps = 3 * len(growth[0]["stages"]) + 3 if growth else 2
+    steps = 3 * stages + 3 if stages else 2
     main(["fit", *files, "--run_dir", str(tmp_path / "run"), f"--trainer.max_steps={steps}"])
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:08d}.ckpt").exists()
-    assert (tmp_path / "run" / "growth.csv").exists() == bool(growth)
+    assert (tmp_path / "run" / "growth.csv").exists() == bool(stages)
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     asked = yaml.safe_load(path.read_text())
     assert saved["model"]["init_args"]["optim"]["lr"] == asked["model"]["init_args"]["optim"]["lr"]
@@ -84,6 +85,12 @@ def test_config_has_a_header_and_a_comment_on_every_key(path):
     for line in text.splitlines():
         if re.match(r"\s+(- )?\w+: \S", line) and "class_path: LanguageModule" not in line:
             assert "#" in line or "class_path: TextDataModule" in line, line
+
+
+def growth_of(path):
+    """Arguments of its GrowParameterTokens, which comes first among its callbacks; empty without."""
+    callbacks = yaml.safe_load(path.read_text())["trainer"].get("callbacks", [])
+    return callbacks[0]["init_args"] if callbacks and callbacks[0]["class_path"] == "GrowParameterTokens" else {}
 
 
 def model_config(path, vocab_size):
@@ -139,5 +146,7 @@ def test_the_published_series_is_planned_with_its_sizes(tmp_path, capsys):
 def test_our_own_twins_have_equal_parameters(name):
     folder = ROOT / "configs" / "language"
     ours, twin = (model_config(folder / f"{name}{end}.yaml", 257) for end in ("", "-transformer"))
+    for stage in growth_of(folder / f"{name}.yaml").get("stages", []):  # the size that it ends with
+        ours = replace(ours, **{f"{kind}_tokens": stage[kind] for kind in ("qkv", "proj", "ffn")})
     assert ours.num_params() - 5 * ours.depth == twin.num_params()  # one learned tau per Pattention
     assert (ours.depth, ours.dim) == (twin.depth, twin.dim)

@@ -87,7 +87,10 @@ def test_speed_counts_waiting_for_data_and_not_validation_or_saving(monkeypatch)
     monkeypatch.setattr("lit_modules.callbacks.throughput.time.perf_counter", lambda: clock.now)
     logged = []
     module = SimpleNamespace(
-        device=torch.device("cpu"), training_flops=lambda batch: 5 * batch[0].numel(), log_dict=logged.append
+        device=torch.device("cpu"),
+        training_flops=lambda batch: 5 * batch[0].numel(),
+        log_dict=logged.append,
+        growths=[],
     )
     trainer = SimpleNamespace(global_step=0, world_size=2, log_every_n_steps=2, precision="32-true")
     speed = Throughput()
@@ -106,6 +109,7 @@ def test_speed_counts_waiting_for_data_and_not_validation_or_saving(monkeypatch)
     # 2 steps of 200 tokens in 6 s; what is between the pause and the next batch's start counts as pause
     assert [row["train/tokens_per_second"] for row in logged] == pytest.approx([400 / 5, 400 / 6])
     assert [row["train/flops"] for row in logged] == [2000, 4000]
+    assert [row["train/seconds"] for row in logged] == [5, 11]
 
 
 def log_steps(folder, steps, **extra):

@@ -111,7 +111,7 @@ def test_without_growth_there_is_one_row_and_nothing_to_compare():
     assert "scratch" not in text
     assert "marginal" not in text
     (row,) = plan_rows(module(TINY | {"baseline": "width"}), DATA, run_of(), devices=1)
-    assert row.tokens_per_layer == "-/-/-"
+    assert row.tokens_per_layer == "width 32"
     assert row.phase.num_params == LMConfig(**TINY, baseline="width").num_params()
 
 
@@ -165,3 +165,12 @@ def test_what_cannot_be_planned_is_refused(options, run, message):
 def test_other_models_are_refused():
     with pytest.raises(ValueError, match="plan knows language models, not SimpleNamespace"):
         plan(SimpleNamespace(), DATA, run_of())
+
+
+def test_a_baseline_is_planned_at_its_widths():
+    trainer = run_of([Stage(at_step=40, width=2)])
+    rows = plan_rows(module(TINY | {"baseline": "width"}), DATA, trainer, devices=1)
+    assert [row.tokens_per_layer for row in rows] == ["width 32", "width 64", "width 64"]
+    wide = LMConfig(**TINY | {"baseline": "width", "dim": 64, "num_heads": 8})
+    assert rows[1].phase.num_params == rows[2].phase.num_params == wide.num_params()
+    assert rows[1].phase.flops_per_token == wide.flops_per_token(16)
