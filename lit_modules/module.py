@@ -1,5 +1,6 @@
 """What the modules for language and vision share: optimizer, schedule, clipping, the history of growth."""
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +47,14 @@ class TokenFormerModule(LightningModule):
     def probe_loss(self, batch: Any) -> Tensor:
         """What growth must not change: the loss of a batch."""
         raise NotImplementedError
+
+    def twin(self) -> "TokenFormerModule":
+        """A module of the same config with a model of its own, sharded alike; to hold an average."""
+        other = copy.copy(self)  # without its trainer
+        other._modules = {}
+        other.model = None
+        other.configure_model()
+        return other
 
     def install(self, model: nn.Module) -> None:
         """Make this the model: as it is to be trained, checkpointed, compiled and sharded."""

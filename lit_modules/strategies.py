@@ -23,16 +23,20 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tokenformer.growth import pattention_layers
+
+CURRENT = "current_model_state."  # begins the names of the weights in a sharded checkpoint that has their average
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -112,17 +116,43 @@ class FSDP2(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def _modules(self) -> list[Any]:
+        """The module in training and its averages."""
+        assert self.lightning_module is not None
+        callbacks = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        found = (getattr(callback, "_average_model", None) for callback in callbacks)
+        return [self.lightning_module, *(average.module for average in found if average is not None)]
+
     def shard_new_segments(self) -> None:
         """Make every segment that is not part of a block's unit a unit of its own."""
-        assert self.lightning_module is not None
-        shard_segments(self.lightning_module, self.device_mesh["data_parallel"])
+        for module in self._modules():
+            shard_segments(module, self.device_mesh["data_parallel"])
 
     def reshard(self) -> None:
         """Give back what a forward pass without a backward pass has left gathered."""
+        for module in self._modules():
+            for part in module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
+
+    def state_dict_of(self, module: nn.Module) -> dict[str, Any]:
+        """As `lightning_module_state_dict`, of another module that is sharded."""
+        options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
+        return get_model_state_dict(module, options=options)
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Load the module's weights, given whole or sharded as they are."""
+        sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
+        options = StateDictOptions(full_state_dict=not sharded, broadcast_from_rank0=not sharded)
         assert self.lightning_module is not None
-        for module in self.lightning_module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        set_model_state_dict(self.lightning_module, state, options=options)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint; the weights beside an average (EMA) are sharded too."""
+        if self._save_distributed_checkpoint and "current_model_state" in checkpoint:
+            current = checkpoint.pop("current_model_state")
+            checkpoint["state_dict"] |= {f"{CURRENT}{name}": tensor for name, tensor in current.items()}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state to be saved: of a full checkpoint, as a single process has it."""
@@ -155,9 +185,14 @@ class FSDP2(ModelParallelStrategy):
         if self.optimizers:
             module.regroup_optimizer()
         if _is_sharded_checkpoint(path):
-            return super().load_checkpoint(path, weights_only=weights_only)
+            checkpoint = super().load_checkpoint(path, weights_only=weights_only)
+            if any(name.startswith(CURRENT) for name in saved):
+                current = {f"{CURRENT}{name}": tensor.clone() for name, tensor in self.state_dict_of(module).items()}
+                load_sharded({"state_dict": current}, checkpoint_id=path)
+                checkpoint["current_model_state"] = {n.removeprefix(CURRENT): tensor for n, tensor in current.items()}
+            return checkpoint
+        self.load_weights(checkpoint.pop("state_dict"))
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(module, checkpoint.pop("state_dict"), options=options)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             set_optimizer_state_dict(module, optimizer, _named(state), options=options)
         return checkpoint

@@ -1,12 +1,17 @@
 """Exponential moving average of the weights, with warm-up."""
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
+
+from lit_modules.strategies import FSDP2
 
 
 class EMA(WeightAveraging):
@@ -28,31 +33,74 @@ class EMA(WeightAveraging):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the average, on the device and in the precision that the model is about to have."""
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise ValueError("EMA: a sharded model can't be averaged; use trainer.strategy=ddp, or no EMA")
         if trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"EMA with trainer.precision={trainer.precision}: the steps of an average are lost in 16-bit weights; "
                 "use bf16-mixed or 16-mixed"
             )
+        if stage != "fit":
+            return
         self._device = trainer.strategy.root_device
         with trainer.precision_plugin.module_init_context():
             pl_module.configure_model()
-        super().setup(trainer, pl_module, stage)
-        if self._average_model is not None:  # the count stays on the CPU: it is read every step
-            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+            if isinstance(
+                trainer.strategy, FSDP2
+            ):  # a sharded module can't be copied, but another one be sharded alike
+                self._average_model = AveragedModel(nn.Module(), multi_avg_fn=self._average, use_buffers=True)
+                self._average_model.module = pl_module.twin()  # type: ignore[operator]
+        if not isinstance(trainer.strategy, FSDP2):
+            super().setup(trainer, pl_module, stage)
+        assert self._average_model is not None
+        self._average_model.n_averaged = self._average_model.n_averaged.cpu()  # it is read every step
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the model its own weights back."""
+        if isinstance(trainer.strategy, FSDP2):
+            trainer.strategy.reshard()
+        super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the average as the model, its own weights beside it."""
+        if not isinstance(trainer.strategy, FSDP2) or self._average_model is None:
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+            return
+        checkpoint["current_model_state"] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = trainer.strategy.state_dict_of(self._average_model.module)
+        checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Give the average the size of the saved one, then load it."""
-        if self._average_model is not None:
-            self._average_model.module.restore_growth(checkpoint["state_dict"], checkpoint.get("growths", []))  # type: ignore[operator]
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is None:
+            return
+        average: Any = self._average_model.module
+        if not isinstance(trainer.strategy, FSDP2):
+            average.restore_growth(checkpoint["state_dict"], checkpoint.get("growths", []))
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            return
+        average.restore_growth(pl_module.state_dict(), checkpoint.get("growths", []))
+        trainer.strategy.shard_new_segments()
+        self._copy(pl_module, average)  # the strategy has loaded what was saved as the model, which is the average
+        if "current_model_state" in checkpoint:
+            trainer.strategy.load_weights(checkpoint["current_model_state"])
+            self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
 
-    def _average(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+    @torch.no_grad()
+    def _copy(self, source: nn.Module, target: nn.Module) -> None:
+        for ours, theirs in zip(chain(*_tensors(target)), chain(*_tensors(source)), strict=True):
+            ours.copy_(theirs)
+
+    def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:
         assert self._average_model is not None
         n = int(self._average_model.n_averaged)
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        averaged, current = (
+            [t.to_local() if isinstance(t, DTensor) else t for t in tensors] for tensors in (averaged, current)
+        )
         if averaged[0].is_floating_point():
             torch._foreach_lerp_(averaged, current, 1 - decay)
         else:
             torch._foreach_copy_(averaged, current)
+
+
+def _tensors(module: nn.Module) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
+    return module.parameters(), module.buffers()

@@ -158,6 +158,14 @@ TWO = {
         "--trainer.strategy.class_path=FSDP2",
         "--trainer.strategy.save_distributed_checkpoint=false",
     ],
+    "fsdp2, EMA": [*DDP[:2], "--trainer.strategy=fsdp2", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"],
+    "fsdp2, EMA, full checkpoints": [
+        *DDP[:2],
+        "--trainer.strategy.class_path=FSDP2",
+        "--trainer.strategy.save_distributed_checkpoint=false",
+        "--trainer.callbacks+=EMA",
+        "--trainer.callbacks.decay=0.9",
+    ],
 }
 
 
@@ -211,6 +219,12 @@ def test_strategies_and_numbers_of_processes_agree(in_two_processes, corpus, tmp
         assert difference(tmp_path / "one", run) < 1e-5, run
         losses, expected = dict(rows(run, "train/loss")), dict(rows(tmp_path / "one", "train/loss"))
         assert all(losses[step] == pytest.approx(expected[step], rel=1e-6) for step in losses), run
+    main(fit(config, tmp_path / "one-EMA", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"))
+    averaged = in_two_processes / "fsdp2, EMA, full checkpoints/whole"
+    assert difference(tmp_path / "one-EMA", averaged) < 1e-5
+    both = contents(averaged)
+    keys = "model.backbone.blocks.0.ffn.segments.1.keys"
+    assert not torch.equal(both[keys], both[f"current.{keys}"])
     commands = [
         fit(config, other / f"one-to-{name}", *TWO[name], resume=checkpoint_of(tmp_path / "one", 8))
         for name in ("ddp", "fsdp2")
