@@ -53,9 +53,11 @@ def grow_file(source: Path, out: Path, stage: Stage, recipe: Recipe) -> str:
     before = [_probe(module.model) for module in modules]
     record = grow_modules(modules, stage, recipe)
     after = [_probe(module.model) for module in modules]
+    if "Throughput" not in checkpoint.get("callbacks", {}):
+        raise ValueError(f"{source} does not say what its training has cost, so `tokenformer fit` has not written it")
     costs = checkpoint["callbacks"]["Throughput"]
     when = {"step": checkpoint["global_step"], "tokens": costs["tokens"], "flops": costs["flops"]}
-    measured = {"loss_before": "", "loss_after": "", "seconds": time.perf_counter() - start}
+    measured = {"anneal_until": 0, "loss_before": "", "loss_after": "", "seconds": time.perf_counter() - start}
     checkpoint["growths"] = [*checkpoint.get("growths", []), {"stage": None} | when | record | measured]
     for key, module in zip(keys, modules, strict=True):
         checkpoint[key] = module.state_dict()

@@ -1,8 +1,9 @@
 """What a growth is: when it comes, how far it goes, how new tokens start; done to modules, and remembered by them."""
 
 import csv
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,9 +12,7 @@ from tokenformer.growth import (
     COUNT_OF,
     Init,
     ScaleAfter,
-    freeze_all_but,
     grow_layers,
-    new_parameters,
     pattention_layers,
     plan_growth,
     why_not_exact,
@@ -34,6 +33,12 @@ class Plateau:
     monitor: str = "val/loss"
     patience: int = 3
     min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"on_plateau.patience={self.patience}: must be at least 1 validation")
+        if not self.min_delta >= 0:
+            raise ValueError(f"on_plateau.min_delta={self.min_delta}: must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +73,12 @@ class Stage:
         counted = any(count is not None for count in self.counts.values())
         if sum([counted, self.factor is not None, self.width is not None]) != 1:
             raise ValueError(f"stage {self}: give a factor, or some of qkv, proj, ffn (for a baseline: width)")
-        if self.factor is not None and self.factor <= 1:
+        if self.factor is not None and not 1 < self.factor < math.inf:
             raise ValueError(f"stage {self}: factor must be above 1, growth only adds")
         if self.at_step is not None and self.at_step < 1:
             raise ValueError(f"stage {self}: at_step must be at least 1; model.config has the size to begin with")
+        if self.at_tokens is not None and not self.at_tokens > 0:
+            raise ValueError(f"stage {self}: at_tokens must be above 0; model.config has the size to begin with")
 
     @property
     def counts(self) -> dict[str, int | None]:
@@ -81,6 +88,9 @@ class Stage:
     @classmethod
     def of(cls, given: dict[str, Any]) -> "Stage":
         """From what a checkpoint or a script has."""
+        known = [field.name for field in fields(cls)]
+        if unknown := given.keys() - set(known):
+            raise ValueError(f"stage {given}: {unknown.pop()!r} is not one of {', '.join(known)}")
         plateau = given.get("on_plateau")
         return cls(**given | {"on_plateau": Plateau(**plateau) if isinstance(plateau, dict) else plateau})
 
@@ -104,11 +114,6 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(get_args(choices))}")
         if self.train == "new" and self.init == "split":
             raise ValueError("train: new keeps the old tokens as they are, init: split divides their values")
-        if self.train == "new" and self.scale == "learned" and self.init in ("zero_keys", "random"):
-            raise ValueError(
-                f"train: new with init: {self.init} trains no tau: the new tokens share that of the old ones; "
-                "use scale: fixed, or init: segment_norm"
-            )
 
 
 def rehearse(model: Any, stages: Sequence[Stage], recipe: Recipe, verify: bool = False) -> Iterator[Any]:
@@ -130,10 +135,11 @@ def rehearse(model: Any, stages: Sequence[Stage], recipe: Recipe, verify: bool =
                     scale = "current" if layer.scale == "current" else recipe.scale
                     if reason := why_not_exact(recipe.init, scale, layer.score_norm):
                         raise ValueError(f"{reason}; it can't be verified: set verify: false, or choose an exact kind")
+                old = dict(model.named_parameters())
                 planned = _planned(model, stage, recipe)
                 grow_layers(model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed)
-                if recipe.train == "new":
-                    freeze_all_but(model, new_parameters(model, planned))
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(recipe.train == "all" or name not in old)
         except ValueError as error:
             raise ValueError(f"stage {i + 1} {stage}: {error}") from error
         yield model
@@ -150,7 +156,7 @@ def _planned(model: Any, stage: Stage, recipe: Recipe) -> dict[str, int]:
 def grow_modules(modules: Sequence[TokenFormerModule], stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Grow a module, and averages of it in the same way; say what happened, for the history and `growth.csv`."""
     model = modules[0].model
-    params_before = model.num_params()
+    params_before, old = model.num_params(), dict(model.named_parameters())
     before = {name: layer.num_tokens for name, layer in pattention_layers(model).items()}
     planned: dict[str, int] = {}
     if stage.width is None:
@@ -166,16 +172,16 @@ def grow_modules(modules: Sequence[TokenFormerModule], stage: Stage, recipe: Rec
         "scale": recipe.scale,
         "train": recipe.train,
         "width": stage.width or 1,
-        **{f"{kind}_before": count for kind, count in _count_by_kind(before).items()},
-        **{f"{kind}_after": count for kind, count in _count_by_kind(after).items()},
+        **{f"{kind}_before": count for kind, count in count_by_kind(before).items()},
+        **{f"{kind}_after": count for kind, count in count_by_kind(after).items()},
         "params_before": params_before,
         "params_after": modules[0].model.num_params(),
         "asked": asdict(stage),
-        "layers": {name: [before[name], after[name]] for name in planned},
+        "new": [name for name, _ in modules[0].model.named_parameters() if name not in old],
     }
 
 
-def _count_by_kind(counts: dict[str, int]) -> dict[str, str]:
+def count_by_kind(counts: dict[str, int]) -> dict[str, str]:
     """Tokens of the layers of each kind; two numbers, the smallest and the largest, where they differ."""
     by_kind: dict[str, set[int]] = {kind: set() for kind in dict.fromkeys(COUNT_OF.values())}
     for name, count in counts.items():
@@ -185,8 +191,11 @@ def _count_by_kind(counts: dict[str, int]) -> dict[str, str]:
 
 
 def write_growths(path: Path, growths: list[dict[str, Any]]) -> None:
-    """A row of each growth of a model, as CSV."""
-    columns = [name for name in growths[0] if name not in ("asked", "layers")]
+    """A row of each growth of a model, as CSV; no file without any."""
+    if not growths:
+        path.unlink(missing_ok=True)  # of growths that a run had after the checkpoint from which it goes on
+        return
+    columns = [name for name in growths[0] if name not in ("asked", "new", "anneal_until")]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_modules.optim import OptimConfig, adamw, check_schedule, lr_factor, param_groups, regroup
 from tokenformer.config import BackboneConfig
-from tokenformer.growth import freeze_all_but, new_parameters, pattention_layers
+from tokenformer.growth import anneal_taus, pattention_layers
 
 
 class TokenFormerModule(LightningModule):
@@ -84,8 +84,8 @@ class TokenFormerModule(LightningModule):
         """
         self.growths = growths
         width = math.prod(record["width"] for record in growths)
-        if width > 1:  # its contents come with the checkpoint
-            self.install(self.build_model(width))
+        if self.model.config.dim != width * self.config.dim:  # a baseline; its contents come with the checkpoint
+            self.install(self.build_model(width).to(self.model.embedding.weight))
         prefix = "model."
         shapes = {name.removeprefix(prefix): t.shape for name, t in saved.items() if name.startswith(prefix)}
         for name, layer in pattention_layers(self.model).items():
@@ -93,9 +93,11 @@ class TokenFormerModule(LightningModule):
         self.freeze_old()
 
     def freeze_old(self) -> None:
-        """Freeze what is older than the last growth, if that growth says so."""
-        if self.growths and self.growths[-1]["train"] == "new" and self._trainer is not None:
-            freeze_all_but(self.model, new_parameters(self.model, self.growths[-1]["layers"]))
+        """Freeze what is older than the last growth, if that growth says so, and nothing else."""
+        only_new = self.growths and self.growths[-1]["train"] == "new" and self._trainer is not None
+        new = set(self.growths[-1]["new"]) if only_new else None
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(new is None or name in new)
 
     def _refuse_average_without_ema(self, checkpoint: dict[str, Any]) -> None:
         """The optimizer state of the weights is of no use to their average."""
@@ -109,8 +111,7 @@ class TokenFormerModule(LightningModule):
         """The optimizer's groups for the model as it is now; as many before growth as after it."""
         if self.old_lr_scale == 1:
             return param_groups(self, self.optim.weight_decay)
-        layers = self.growths[-1]["layers"] if self.growths else {}
-        new = {f"model.{name}" for name in new_parameters(self.model, layers)}
+        new = {f"model.{name}" for name in self.growths[-1]["new"]} if self.growths else set()
         return param_groups(
             self, self.optim.weight_decay, lambda name: bool(new) and name not in new, self.old_lr_scale
         )
@@ -146,17 +147,26 @@ class TokenFormerModule(LightningModule):
         if self._scheduler is None:  # a subclass has its own optimizer
             return
         (optimizer,) = self.trainer.optimizers
-        for i, (group, wanted) in enumerate(zip(optimizer.param_groups, self.param_groups(), strict=True)):
-            rate = self.optim.lr * wanted["lr_scale"]
-            self._scheduler.base_lrs[i] = group["initial_lr"] = rate
-            group["lr"] = rate * self.rate_factor(self._scheduler.last_epoch)
+        groups = self.param_groups()
+        self._scheduler.base_lrs = [self.optim.lr * wanted["lr_scale"] for wanted in groups]
+        # A checkpoint may have had another number of groups. (Lambdas, since a scheduler would save a method's state.)
+        self._scheduler.lr_lambdas = [lambda step: self.rate_factor(step) for _ in groups]
+        factor = self.rate_factor(self._scheduler.last_epoch)
+        for group, wanted, rate in zip(optimizer.param_groups, groups, self._scheduler.base_lrs, strict=True):
+            group |= {"lr": rate * factor, "initial_lr": rate, "betas": self.optim.betas, "eps": self.optim.eps}
             group |= {name: wanted[name] for name in ("weight_decay", "lr_scale")}
-            group |= {"betas": self.optim.betas, "eps": self.optim.eps}
 
     def on_train_start(self) -> None:
         """After a resume the configured rates hold, not those that the checkpoint brought along."""
         self._step = self.trainer.global_step
         self.apply_rates()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Move annealed taus on, once an optimizer step."""
+        if self.growths and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            left = self.growths[-1]["anneal_until"] - self.trainer.global_step
+            if left > 0:
+                anneal_taus(self.model, left)
 
     def configure_gradient_clipping(
         self,

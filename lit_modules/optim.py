@@ -59,8 +59,9 @@ def param_groups(
     groups: list[dict[str, Any]] = []
     for old in (False,) if is_old is None else (False, True):
         of_age = [(name, p) for name, p in trained if is_old is None or is_old(name) == old]
-        for decay in (weight_decay, 0.0):
-            params = [(name, p) for name, p in of_age if (p.ndim >= 2) == (decay is weight_decay)]
+        for matrices in (True, False):
+            params = [(name, p) for name, p in of_age if (p.ndim >= 2) == matrices]
+            decay = weight_decay if matrices else 0.0
             group = {"params": params, "weight_decay": decay, "lr_scale": old_lr_scale if old else 1.0}
             groups.append(group if params else group | {"param_names": []})  # an empty one can't show that it has names
     return groups
@@ -75,8 +76,10 @@ def adamw(groups: list[dict[str, Any]], config: OptimConfig, *, fused: bool) -> 
 
 def match_by_name(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
     """Bring a saved optimizer state into this optimizer's groups; parameters that it does not know start afresh."""
+    if not all("param_names" in group for group in (*optimizer.param_groups, *saved["param_groups"])):
+        return None
     now = [group["param_names"] for group in optimizer.param_groups]
-    if now == [group.get("param_names") for group in saved["param_groups"]]:
+    if now == [group["param_names"] for group in saved["param_groups"]]:
         return None
     saved_id = {
         name: number
@@ -140,7 +143,7 @@ def lr_factor(config: OptimConfig, max_steps: int) -> Callable[[int], float]:
         if config.schedule == "constant":
             return 1.0
         if config.schedule == "cosine":
-            progress = min(1.0, (step - warmup) / (max_steps - warmup))
+            progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))  # a plateau may leave too few steps
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
         decay = decay_steps(config, max_steps)
         progress = min(1.0, max(0.0, (step - (max_steps - decay)) / decay))

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from lit_modules.callbacks import GrowParameterTokens
-from lit_modules.growth import Stage, rehearse
+from lit_modules.growth import Stage, count_by_kind, rehearse
 from lit_modules.hardware import PEAKS, peak_flops
 from lit_modules.language import LanguageModule
 from tokenformer.cost import Memory, Phase, cumulative_flops, marginal_flops, training_memory
-from tokenformer.growth import COUNT_OF, pattention_layers
+from tokenformer.growth import pattention_layers
 from tokenformer.language import TokenFormerLM
 
 MEMORY = {"weights": "weight", "gradients": "grad", "optimizer": "optim", "activations": "activ", "total": "total"}
@@ -168,12 +168,8 @@ def _starts(stages: Sequence[Stage], per_step: int, max_steps: int) -> list[int 
 
 def _tokens(net: TokenFormerLM) -> str:
     """Parameter tokens of each layer, qkv/proj/ffn; least and most where layers of a kind differ."""
-    counts: dict[str, set[int]] = {kind: set() for kind in COUNT_OF.values()}
-    for name, layer in pattention_layers(net).items():
-        counts[COUNT_OF[name.rsplit(".", 1)[-1]]].add(layer.num_tokens)
-    if not any(counts.values()):
-        return f"width {net.config.dim}"
-    return "/".join("-".join(map(str, sorted({min(c), max(c)}))) if c else "-" for c in counts.values())
+    counts = count_by_kind({name: layer.num_tokens for name, layer in pattention_layers(net).items()})
+    return "/".join(counts.values()) if any(counts.values()) else f"width {net.config.dim}"
 
 
 def _records(rows: Sequence[Row], flops_per_hour: float | None) -> list[dict[str, Any]]:

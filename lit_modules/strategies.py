@@ -4,7 +4,7 @@ Private names of Lightning and torch that this leans on: `DistributedDataParalle
 `DDPStrategy._pl_static_graph_delay_done`. The tests of growth in two processes cover them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tokenformer.growth import pattention_layers
@@ -73,24 +71,34 @@ def _wrap_anew(strategy: DDPStrategy) -> None:
 
 @torch.no_grad()
 def require_equal_ranks(strategy: Strategy, models: Sequence[nn.Module]) -> None:
-    """Compare a hash of every parameter that each process holds whole.
+    """Compare a hash of every tensor that each process holds whole.
 
     Raises:
         RuntimeError: in all processes, when they differ.
     """
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return
-    whole = [(name, p) for model in models for name, p in model.named_parameters() if not isinstance(p.data, DTensor)]
-    hashes = torch.stack([torch.hash_tensor(p.detach()).view(torch.int64) for _, p in whole])
-    everywhere = [torch.empty_like(hashes) for _ in range(strategy.world_size)]
-    torch.distributed.all_gather(everywhere, hashes)
-    differs = (torch.stack(everywhere) != hashes).any(dim=0).tolist()
+    whole = [(n, t) for model in models for n, t in model.state_dict().items() if not isinstance(t, DTensor)]
+    prints = torch.stack([fingerprint(tensor) for _, tensor in whole])
+    everywhere = [torch.empty_like(prints) for _ in range(strategy.world_size)]
+    torch.distributed.all_gather(everywhere, prints)
+    differs = (torch.stack(everywhere) != prints).any(dim=0).tolist()
     if any(differs):
         names = [name for (name, _), differ in zip(whole, differs, strict=True) if differ]
         raise RuntimeError(
-            f"after growth {len(names)} parameters differ between the processes, {names[0]} first: they no longer "
+            f"after growth {len(names)} tensors differ between the processes, {names[0]} first: they no longer "
             "train one model. Start again from the last checkpoint; if it comes back, report it"
         )
+
+
+def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """A hash of a tensor's bits that depends on their places, one int64; computed where the tensor is."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for i, bits in enumerate(tensor.detach().flatten().view(integer).split(2**22)):
+        places = torch.arange(len(bits), device=tensor.device) * 0x9E3779B97F4A7C1 + 2 * i + 1  # wraps around
+        total += (bits.long() * (places ^ (places >> 29))).sum()
+    return total
 
 
 class FSDP2(ModelParallelStrategy):
@@ -135,10 +143,10 @@ class FSDP2(ModelParallelStrategy):
                 if isinstance(part, FSDPModule):
                     part.reshard()
 
-    def state_dict_of(self, module: nn.Module) -> dict[str, Any]:
-        """As `lightning_module_state_dict`, of another module that is sharded."""
-        options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
-        return get_model_state_dict(module, options=options)
+    def state_dict_of(self, module: nn.Module, sharded: bool | None = None) -> dict[str, Any]:
+        """The state of a sharded module; whole, on the first process only, if checkpoints are."""
+        full = not (self._save_distributed_checkpoint if sharded is None else sharded)
+        return get_model_state_dict(module, options=StateDictOptions(full_state_dict=full, cpu_offload=True))
 
     def load_weights(self, state: dict[str, Any]) -> None:
         """Load the module's weights, given whole or sharded as they are."""
@@ -148,54 +156,88 @@ class FSDP2(ModelParallelStrategy):
         set_model_state_dict(self.lightning_module, state, options=options)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; the weights beside an average (EMA) are sharded too."""
-        if self._save_distributed_checkpoint and "current_model_state" in checkpoint:
-            current = checkpoint.pop("current_model_state")
+        """Write a checkpoint; of a sharded one also the weights beside an average (EMA) are sharded."""
+        if self._save_distributed_checkpoint:
+            current = checkpoint.pop("current_model_state", {})
             checkpoint["state_dict"] |= {f"{CURRENT}{name}": tensor for name, tensor in current.items()}
+            checkpoint["param_groups"] = [state.pop("param_groups") for state in checkpoint.get("optimizer_states", [])]
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The state to be saved: of a full checkpoint, as a single process has it."""
+        """The state to be saved: by names; of a full checkpoint by numbers, as a single process has it."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        named = [(name, p) for _, name, p in _parameters(optimizer)]
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         if self._save_distributed_checkpoint:
-            return super().optimizer_state(optimizer)
-        assert self.model is not None
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        by_name = get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer), options=options)
-        return _numbered(by_name) if self.global_rank == 0 else {}
+            return {"state": {n: optimizer.state[p] for n, p in named if p in optimizer.state}, "param_groups": groups}
+        number = {name: i for i, (name, _) in enumerate(named)}
+        state = {
+            number[name]: {
+                k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in optimizer.state[p].items()
+            }
+            for name, p in named
+            if p in optimizer.state
+        }
+        numbered = [group | {"params": [number[name] for name in group["param_names"]]} for group in groups]
+        return {"state": state, "param_groups": numbered} if self.global_rank == 0 else {}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Bring model and optimizer to the size of the checkpoint, then load it."""
         path = Path(self.broadcast(checkpoint_path))
-        module: Any = self.lightning_module
         if _is_sharded_checkpoint(path):
-            entries = FileSystemReader(path).read_metadata().state_dict_metadata
-            start = "state_dict."
-            saved = {
-                name.removeprefix(start): torch.empty(entry.size, device="meta")
-                for name, entry in entries.items()
-                if name.startswith(start) and isinstance(entry, TensorStorageMetadata)
-            }
-            checkpoint = torch.load(path / "meta.pt", weights_only=True)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            saved = checkpoint["state_dict"]
+            return self._load_sharded(path)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        weights = checkpoint.pop("state_dict")
+        self._take_size(weights, checkpoint)
+        self.load_weights(weights)
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            numbers = {n: i for g in saved["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
+            for group, name, p in _parameters(optimizer):
+                state = saved["state"].get(numbers.get(name), {})
+                for key, value in state.items():
+                    optimizer.state[p][key] = _whole_to_shard(value, p, group)
+            _load_groups(optimizer, saved["param_groups"])
+        return checkpoint
+
+    def _load_sharded(self, path: Path) -> dict[str, Any]:
+        entries = FileSystemReader(path).read_metadata().state_dict_metadata
+        shapes = {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        checkpoint: dict[str, Any] = torch.load(path / "meta.pt", weights_only=True)
+        start = "state_dict."
+        saved = {n.removeprefix(start): torch.empty(s, device="meta") for n, s in shapes.items() if n.startswith(start)}
+        self._take_size(saved, checkpoint)
+        assert self.lightning_module is not None
+        weights = self.state_dict_of(self.lightning_module, sharded=True)
+        averaged = any(name.startswith(CURRENT) for name in saved)
+        current = {f"{CURRENT}{name}": torch.zeros_like(tensor) for name, tensor in weights.items() if averaged}
+        wanted: dict[str, Any] = {"state_dict": weights | current}
+        for i, optimizer in enumerate(self.optimizers):
+            states: dict[str, Any] = {}
+            wanted[f"optimizer_{i}"] = {"state": states}
+            for group, name, p in _parameters(optimizer):
+                start = f"optimizer_{i}.state.{name}."
+                for key in (n.removeprefix(start) for n in shapes if n.startswith(start)):
+                    empty = torch.zeros_like(p) if shapes[start + key] else _whole_to_shard(torch.zeros(()), p, group)
+                    optimizer.state[p][key] = empty.detach()
+                states[name] = dict(optimizer.state[p])
+        load_sharded(wanted, checkpoint_id=path)
+        self.load_weights(weights)
+        if averaged:
+            loaded = wanted["state_dict"]
+            checkpoint["current_model_state"] = {name: loaded[f"{CURRENT}{name}"] for name in weights}
+        for i, optimizer in enumerate(self.optimizers):
+            for _, name, p in _parameters(optimizer):
+                optimizer.state[p].update(wanted[f"optimizer_{i}"]["state"][name])
+            _load_groups(optimizer, checkpoint["param_groups"][i])
+        return checkpoint
+
+    def _take_size(self, saved: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+        module: Any = self.lightning_module
         self.reshard()
         module.restore_growth(saved, checkpoint.get("growths", []))
         self.shard_new_segments()
         if self.optimizers:
             module.regroup_optimizer()
-        if _is_sharded_checkpoint(path):
-            checkpoint = super().load_checkpoint(path, weights_only=weights_only)
-            if any(name.startswith(CURRENT) for name in saved):
-                current = {f"{CURRENT}{name}": tensor.clone() for name, tensor in self.state_dict_of(module).items()}
-                load_sharded({"state_dict": current}, checkpoint_id=path)
-                checkpoint["current_model_state"] = {n.removeprefix(CURRENT): tensor for n, tensor in current.items()}
-            return checkpoint
-        self.load_weights(checkpoint.pop("state_dict"))
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            set_optimizer_state_dict(module, optimizer, _named(state), options=options)
-        return checkpoint
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="fully sharded data parallelism, for models that grow")
@@ -219,22 +261,25 @@ def shard_segments(model: nn.Module, mesh: DeviceMesh) -> None:
                 fully_shard(segment, mesh=mesh, reshard_after_forward=False)  # its tensors are read after its call
 
 
-def _numbered(by_name: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state as a single process writes it: parameters are numbers, in the order of the groups."""
-    groups: list[dict[str, Any]] = []
-    number: dict[str, int] = {}
-    for group in by_name["param_groups"]:
-        names = list(group["params"])
-        first = len(number)
-        number |= {name: first + i for i, name in enumerate(names)}
-        groups.append(group | {"params": [number[name] for name in names], "param_names": names})
-    return {"state": {number[name]: state for name, state in by_name["state"].items()}, "param_groups": groups}
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
+    """(group, name, parameter) of all that it trains."""
+    for group in optimizer.param_groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            yield group, name, p
 
 
-def _named(numbered: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `_numbered`."""
-    names: dict[int, str] = {}
-    for group in numbered["param_groups"]:
-        names |= dict(zip(group["params"], group["param_names"], strict=True))
-    groups = [group | {"params": group["param_names"]} for group in numbered["param_groups"]]
-    return {"state": {names[i]: state for i, state in numbered["state"].items()}, "param_groups": groups}
+def _whole_to_shard(value: torch.Tensor, p: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
+    """A part of the optimizer's state of a parameter, given whole, where and as the optimizer wants it."""
+    if value.ndim and isinstance(p.data, DTensor):
+        mesh, placements = p.data.device_mesh, p.data.placements
+        return distribute_tensor(
+            value.to(p.device), mesh, placements, src_data_rank=None
+        )  # all have it: nothing is sent
+    return value.clone().to(p.device if value.ndim or group.get("fused") or group.get("capturable") else "cpu")
+
+
+def _load_groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
+    """Rates and the like, if the groups are the same."""
+    if len(saved) == len(optimizer.param_groups):
+        for group, old in zip(optimizer.param_groups, saved, strict=True):
+            group |= {key: value for key, value in old.items() if key not in ("params", "param_names")}

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Literal, get_args
 
@@ -48,10 +48,13 @@ def grow(
         seed: of the new tokens.
 
     Raises:
-        ValueError: when the model has no Pattention, a layer has more tokens than asked for, or a kind of
-            initialisation can't make that many tokens. Nothing is changed then.
+        ValueError: when the model has no Pattention of a kind that is asked for, a layer has more tokens than asked
+            for, or a kind of initialisation can't make that many tokens. Nothing is changed then.
     """
-    planned = plan_growth(model, {"qkv": qkv, "proj": proj, "ffn": ffn}, layers)
+    counts = {"qkv": qkv, "proj": proj, "ffn": ffn}
+    if all(count is None for count in counts.values()):
+        raise ValueError("give at least one of qkv, proj, ffn")
+    planned = plan_growth(model, counts, layers)
     grow_layers(model, planned, init=init, scale=scale, seed=seed)
 
 
@@ -65,6 +68,8 @@ def grow_layers(
 ) -> None:
     """:func:`grow`, by so many tokens for each layer (its name in the model)."""
     found = pattention_layers(model)
+    if scale not in get_args(ScaleAfter):
+        raise ValueError(f"scale={scale!r}: choose one of {', '.join(get_args(ScaleAfter))}")
     for name, added in planned.items():
         check_init(found[name], added, init, name)
     for name, added in planned.items():
@@ -103,7 +108,13 @@ def plan_growth(
     if not found:
         raise ValueError("the model has no Pattention layers: a Transformer baseline does not grow by tokens")
     planned = {}
-    for name in _chosen(found, layers):
+    chosen = _chosen(found, layers)
+    kinds = {COUNT_OF.get(name.rsplit(".", 1)[-1]) for name in chosen}
+    if missing := [kind for kind, count in counts.items() if count is not None and kind not in kinds]:
+        raise ValueError(
+            f"{missing[0]}={counts[missing[0]]}: there is no such layer among {', '.join(chosen) or 'none'}"
+        )
+    for name in chosen:
         now = found[name].num_tokens
         wanted = counts.get(COUNT_OF.get(name.rsplit(".", 1)[-1], "")) if factor is None else round(factor * now)
         if wanted is not None and wanted < now:
@@ -277,23 +288,6 @@ def widen(model: TokenFormerLM, factor: int, seed: int = 0) -> TokenFormerLM:
             blocks = torch.stack([divide(source, factor, generator) for _ in range(rows)])  # (rows, factor, out, in)
             parameter.copy_(blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1))
     return wide
-
-
-def new_parameters(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """Names of the parameters that the last growth of these layers brought."""
-    found = pattention_layers(model)
-    return [
-        f"{name}.segments.{len(found[name].segments) - 1}.{parameter}"
-        for name in layers
-        for parameter, _ in found[name].segments[-1].named_parameters()
-    ]
-
-
-def freeze_all_but(model: nn.Module, names: Iterable[str]) -> None:
-    """Let only these parameters be trained."""
-    trained = set(names)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
 
 
 @torch.no_grad()

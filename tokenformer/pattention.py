@@ -292,8 +292,9 @@ class Pattention(_HasTau):
             nn.init.normal_(segment.keys, std=self.key_std)
             nn.init.normal_(segment.values, std=self.value_std)
         self.set_tau_to_default()
-        if self.tau_gain is not None:
-            nn.init.zeros_(self.tau_gain)
+        for owner in (self, *self._segments()):
+            if owner.tau_gain is not None:
+                nn.init.zeros_(owner.tau_gain)
 
     @torch.no_grad()
     def set_tau_to_default(self) -> None:
@@ -346,8 +347,9 @@ class Pattention(_HasTau):
         """
         wanted: list[tuple[int, bool, bool]] = []  # tokens, own norm, own learned gain
         while (name := f"{prefix}segments.{len(wanted)}.keys") in shapes:
-            own_norm = name.replace(".keys", ".tau") in shapes
-            learned = own_norm and (self.scale == "learned" or name.replace(".keys", ".tau_gain") in shapes)
+            start = name.removesuffix("keys")
+            own_norm = f"{start}tau" in shapes
+            learned = own_norm and (self.scale == "learned" or f"{start}tau_gain" in shapes)
             wanted.append((shapes[name][0], own_norm, learned))
         if not wanted:
             return

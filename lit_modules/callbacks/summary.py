@@ -7,9 +7,11 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_modules.growth import write_growths
+
 
 class Summary(Callback):
-    """Prints the size of the model before training and a short summary after it.
+    """Prints the size of the model before training and a short summary after it; keeps `growth.csv` true on a resume.
 
     Args:
         run_dir: the run's folder.
@@ -20,8 +22,13 @@ class Summary(Callback):
         self.best: tuple[float, int] | None = None  # validation loss, step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        rank_zero_info(f"{trained:,} parameters, run folder {self.run_dir}")
+        sizes = {
+            trained: sum(p.numel() for p in pl_module.parameters() if p.requires_grad >= trained) for trained in (0, 1)
+        }
+        part = f" ({sizes[1]:,} of them trained)" if sizes[0] != sizes[1] else ""
+        rank_zero_info(f"{sizes[0]:,} parameters{part}, run folder {self.run_dir}")
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_growths(Path(self.run_dir) / "growth.csv", pl_module.growths)  # type: ignore[arg-type]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:

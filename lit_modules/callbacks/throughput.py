@@ -18,9 +18,10 @@ class Throughput(Callback):
     `train/tokens_per_second` and `train/mfu`.
 
     FLOPs are those of matrix products, forward and backward, at the size the model has at that step; what activation
-    checkpointing computes again does not count. An interval runs from one line of the log to the next, waiting for data
-    included, validation, growth and saving left out; the device is waited for at its end, and at no other step. MFU is
-    FLOP/s over the devices' peak, and is not logged where the peak is unknown.
+    checkpointing computes again does not count, and what frozen parameters save is not subtracted. An interval runs
+    from one line of the log to the next, waiting for data included, validation, growth and saving left out; the device
+    is waited for at its end, and at no other step. MFU is FLOP/s over the devices' peak, and is not logged where the
+    peak is unknown.
     """
 
     def __init__(self) -> None:
@@ -35,14 +36,18 @@ class Throughput(Callback):
         self._start = (time.perf_counter(), self.tokens, self.flops)
         self._paused_at, self._paused = None, 0.0
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count so many seconds that have just passed as training."""
+        if self._paused_at is None:
+            self._paused += seconds
+
     def on_validation_start(self, *_: Any) -> None:
-        self.pause()
+        self._pause()
 
     def on_save_checkpoint(self, *_: Any) -> None:
-        self.pause()
+        self._pause()
 
-    def pause(self) -> None:
-        """Leave the time from here to the next batch out."""
+    def _pause(self) -> None:
         self._paused_at = self._paused_at or time.perf_counter()
 
     def on_train_batch_start(self, *_: Any) -> None:

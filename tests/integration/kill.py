@@ -24,8 +24,13 @@ class KillAt(Callback):
 
 
 class Diverge(Callback):
-    """One process changes a weight on its own."""
+    """One process changes a weight of its model, or of its average, on its own."""
 
-    def on_train_start(self, trainer, pl_module) -> None:
-        if trainer.global_rank == 1:
-            pl_module.model.embedding.weight.data[0, 0] += 1
+    def __init__(self, average: bool = False) -> None:
+        self.average = average
+
+    def on_train_batch_start(self, trainer, pl_module, *_) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 5:
+            averages = [c._average_model.module for c in trainer.callbacks if hasattr(c, "_average_model")]
+            module = averages[0] if self.average else pl_module
+            module.model.embedding.weight.data[0, 0] += 1

@@ -94,14 +94,28 @@ VARIANTS = {
         {"init": "split"},
     ),
     "bf16-true": (["--trainer.precision=bf16-true"], {}),
-    "annealed tau": ([], {"scale": "anneal", "anneal_steps": 5, "schedule": "continue"}),
+    "annealed tau": ([], {"scale": "anneal", "anneal_steps": 4, "schedule": "continue"}),
     "learned tau from growth on": ([], {"scale": "learned", "init": "pairs"}),
     "only the new": ([], {"train": "new"}),
-    "old ones slowly": ([], {"old_lr_scale": 0.3, "layers": ["ffn", "query"]}),
-    "by tokens": ([], {"stages": [{"at_tokens": 700, "factor": 2.0}, {"at_tokens": 1200, "ffn": 100}]}),
+    "old ones slowly": (
+        [],
+        {
+            "old_lr_scale": 0.3,
+            "layers": ["ffn", "query"],
+            "stages": [{"at_step": 6, "qkv": 32}, {"at_step": 10, "factor": 2.0}],
+        },
+    ),
+    # 128 tokens a batch, 2 batches a step: reached within steps 3 and 7, so before steps 3 and 8
+    "by tokens, accumulating": (
+        ["--trainer.accumulate_grad_batches=2"],
+        {"stages": [{"at_tokens": 600, "factor": 2.0}, {"at_tokens": 2000, "ffn": 100}]},
+    ),
     "on a plateau": (
         ["--trainer.val_check_interval=1"],
-        {"stages": [{"on_plateau": {"patience": 2, "min_delta": 1.0}, "factor": 2.0}], "schedule": "continue"},
+        {
+            "stages": [{"on_plateau": {"patience": n, "min_delta": 1.0}, "factor": 2.0} for n in (2, 4)],
+            "schedule": "continue",
+        },
     ),
     "recomputed activations": (["--model.checkpoint_activations=true"], {}),
     "a wider baseline": (
@@ -117,7 +131,17 @@ def test_resumed_equals_uninterrupted(corpus, tmp_path, options, growth):
     config = config_of(tmp_path, corpus, **growth)
     main(fit(config, tmp_path / "whole", *options))
     grown = [int(row["step"]) for row in csv.DictReader((tmp_path / "whole/growth.csv").open())]
-    for step in sorted({4, grown[0], grown[0] + 1, 12}):
+    stages = growth.get("stages", STAGES)
+    if "at_tokens" in stages[0]:
+        assert grown == [3, 8]
+        spans = [(0, 3), (3, 8), (8, 14)]
+        rates = [1e-3 * lr_factor(OptimConfig(warmup_steps=1), b - a)(i) for a, b in spans for i in range(b - a)]
+        assert [rate for _, rate in rows(tmp_path / "whole", "train/lr")] == pytest.approx(rates)
+    elif "on_plateau" in stages[0]:  # the first validation sets the best
+        assert grown == [3, 8]
+    else:
+        assert grown == [stage["at_step"] for stage in stages]
+    for step in sorted({grown[0] - 2, grown[0], grown[0] + 1, 12}):
         run = tmp_path / f"from-{step}"
         main(fit(config, run, *options, resume=checkpoint_of(tmp_path / "whole", step)))
         assert difference(tmp_path / "whole", run) == 0, step
@@ -129,43 +153,44 @@ def test_resumed_equals_uninterrupted(corpus, tmp_path, options, growth):
             assert moved <= (1e-2 if "bf16" in str(options) else 1e-5)
 
 
-DDP = ["--trainer.devices=2", "--data.batch_size=2", "--trainer.strategy=ddp"]
+TWO_DEVICES = ["--trainer.devices=2", "--data.batch_size=2"]
+DDP = [*TWO_DEVICES, "--trainer.strategy=ddp"]
+FSDP2 = [*TWO_DEVICES, "--trainer.strategy=fsdp2"]
+FULL = [
+    *TWO_DEVICES,
+    "--trainer.strategy.class_path=FSDP2",
+    "--trainer.strategy.save_distributed_checkpoint=false",
+]
+EMA = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
 TWO = {
-    "ddp": DDP,
-    "ddp, static graph": [
-        *DDP[:2],
-        "--trainer.strategy.class_path=DDPStrategy",
-        "--trainer.strategy.static_graph=true",
-    ],
-    "ddp, bucket views, EMA, accumulation, bf16-mixed": [
-        *DDP[:2],
-        "--trainer.strategy.class_path=DDPStrategy",
-        "--trainer.strategy.gradient_as_bucket_view=true",
-        "--trainer.callbacks+=EMA",
-        "--trainer.accumulate_grad_batches=2",
-        "--trainer.precision=bf16-mixed",
-    ],
-    "fsdp2": [*DDP[:2], "--trainer.strategy=fsdp2"],
-    "fsdp2, recomputed activations, bf16-mixed": [
-        *DDP[:2],
-        "--trainer.strategy=fsdp2",
-        "--model.checkpoint_activations=true",
-        "--trainer.precision=bf16-mixed",
-    ],
-    "fsdp2, bf16-true": [*DDP[:2], "--trainer.strategy=fsdp2", "--trainer.precision=bf16-true"],
-    "fsdp2, full checkpoints": [
-        *DDP[:2],
-        "--trainer.strategy.class_path=FSDP2",
-        "--trainer.strategy.save_distributed_checkpoint=false",
-    ],
-    "fsdp2, EMA": [*DDP[:2], "--trainer.strategy=fsdp2", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"],
-    "fsdp2, EMA, full checkpoints": [
-        *DDP[:2],
-        "--trainer.strategy.class_path=FSDP2",
-        "--trainer.strategy.save_distributed_checkpoint=false",
-        "--trainer.callbacks+=EMA",
-        "--trainer.callbacks.decay=0.9",
-    ],
+    "ddp": (DDP, {}),
+    "ddp, static graph": (
+        [*TWO_DEVICES, "--trainer.strategy.class_path=DDPStrategy", "--trainer.strategy.static_graph=true"],
+        {"init": "segment_norm"},
+    ),
+    "ddp, bucket views, EMA, accumulation, bf16-mixed": (
+        [
+            *TWO_DEVICES,
+            "--trainer.strategy.class_path=DDPStrategy",
+            "--trainer.strategy.gradient_as_bucket_view=true",
+            *EMA,
+            "--trainer.accumulate_grad_batches=2",
+            "--trainer.precision=bf16-mixed",
+        ],
+        {},
+    ),
+    "ddp, only the new": (DDP, {"train": "new"}),
+    "fsdp2": (FSDP2, {}),
+    "fsdp2, recomputed activations, bf16-mixed": (
+        [*FSDP2, "--model.checkpoint_activations=true", "--trainer.precision=bf16-mixed"],
+        {"scale": "anneal", "anneal_steps": 4},
+    ),
+    "fsdp2, bf16-true": ([*FSDP2, "--trainer.precision=bf16-true"], {}),
+    "fsdp2, EMA, old ones slowly": ([*FSDP2, *EMA], {"old_lr_scale": 0.3}),
+    "fsdp2, only the new": ([*FSDP2, "--model.config.scale=learned"], {"train": "new", "init": "pairs"}),
+    "fsdp2, full": (FULL, {}),
+    "fsdp2, full, EMA": ([*FULL, *EMA], {}),
+    "fsdp2, full, only the new": (FULL, {"train": "new"}),
 }
 
 
@@ -173,28 +198,41 @@ TWO = {
 def in_two_processes(corpus, tmp_path_factory):
     """Folder of the runs of every strategy: whole, and resumed from steps 6 and 8; all in one pair of processes."""
     folder = tmp_path_factory.mktemp("two") / "runs"
-    folder.mkdir()
-    config = config_of(folder, corpus)
     commands = []
-    for name, options in TWO.items():
+    for name, (options, growth) in TWO.items():
+        (folder / name).mkdir(parents=True)
+        config = config_of(folder / name, corpus, **growth)
         whole = folder / name / "whole"
         commands.append(fit(config, whole, *options))
         for step in (6, 8):
             commands.append(fit(config, folder / name / f"from-{step}", *options, resume=checkpoint_of(whole, step)))
     # a run goes on in another strategy
-    ddp, full = TWO["ddp"], TWO["fsdp2, full checkpoints"]
+    config = folder / "ddp/tiny.yaml"
     for step in (6, 8):
-        for name, options, source in (("ddp-to-fsdp2", full, "ddp"), ("fsdp2-to-ddp", ddp, "fsdp2, full checkpoints")):
+        for name, options, source in (("ddp-to-fsdp2", FULL, "ddp"), ("fsdp2-to-ddp", DDP, "fsdp2, full")):
             resume = checkpoint_of(folder / source / "whole", step)
             commands.append(fit(config, folder / f"other/{name}-{step}", *options, resume=resume))
+    # and one that was grown offline
+    main(["grow", str(checkpoint_of(one_process(corpus, folder), 6)), "--factor", "2", "--out", f"{folder}/grown.ckpt"])
+    later = config_of(folder, corpus, stages=STAGES[1:])
+    commands.append(fit(later, folder / "offline", *FULL, resume=folder / "grown.ckpt"))
     run_in_processes(commands)
     return folder
+
+
+def one_process(corpus, folder):
+    """The run of the config without options, made once."""
+    if not (folder / "one").exists():
+        (folder / "one-config").mkdir()
+        main(fit(config_of(folder / "one-config", corpus), folder / "one"))
+    return folder / "one"
 
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes_resume_exactly(in_two_processes, name):
     whole = in_two_processes / name / "whole"
-    assert [row["params_after"] for row in csv.DictReader((whole / "growth.csv").open())] == ["32864", "57440"]
+    before, after = csv.DictReader((whole / "growth.csv").open())
+    assert (before["ffn_before"], after["ffn_after"]) == ("32", "128")
     for step in (6, 8):
         run = in_two_processes / name / f"from-{step}"
         assert difference(whole, run) == 0, step
@@ -203,46 +241,52 @@ def test_two_processes_resume_exactly(in_two_processes, name):
 
 def test_strategies_and_numbers_of_processes_agree(in_two_processes, corpus, tmp_path):
     """One process, DDP and FSDP2 train the same model on the same batches, and take over each other's checkpoints."""
-    other = in_two_processes / "other"
-    config = config_of(tmp_path, corpus)
-    main(fit(config, tmp_path / "one"))
-    for source in ("ddp", "fsdp2, full checkpoints"):
+    folder = in_two_processes
+    one, config = one_process(corpus, folder), folder / "one-config/tiny.yaml"
+    for source in ("ddp", "fsdp2, full"):
         for step in (6, 8):
-            resume = checkpoint_of(in_two_processes / source / "whole", step)
-            main(fit(config, other / f"{source}-to-one-{step}", resume=resume))
-    runs = [
-        *other.iterdir(),
-        *(in_two_processes / name / "whole" for name in ("ddp", "fsdp2", "fsdp2, full checkpoints")),
-    ]
+            resume = checkpoint_of(folder / source / "whole", step)
+            main(fit(config, folder / f"other/{source}-to-one-{step}", resume=resume))
+    runs = [*(folder / "other").iterdir(), *(folder / name / "whole" for name in ("ddp", "fsdp2", "fsdp2, full"))]
     assert len(runs) == 11
-    for run in runs:
-        assert difference(tmp_path / "one", run) < 1e-5, run
-        losses, expected = dict(rows(run, "train/loss")), dict(rows(tmp_path / "one", "train/loss"))
+    for run in [*runs, folder / "offline"]:
+        assert difference(one, run) < 1e-5, run
+        losses, expected = dict(rows(run, "train/loss")), dict(rows(one, "train/loss"))
         assert all(losses[step] == pytest.approx(expected[step], rel=1e-6) for step in losses), run
-    main(fit(config, tmp_path / "one-EMA", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"))
-    averaged = in_two_processes / "fsdp2, EMA, full checkpoints/whole"
+
+    main(fit(config, tmp_path / "one-EMA", *EMA))
+    averaged = folder / "fsdp2, full, EMA/whole"
     assert difference(tmp_path / "one-EMA", averaged) < 1e-5
     both = contents(averaged)
     keys = "model.backbone.blocks.0.ffn.segments.1.keys"
     assert not torch.equal(both[keys], both[f"current.{keys}"])
-    commands = [
-        fit(config, other / f"one-to-{name}", *TWO[name], resume=checkpoint_of(tmp_path / "one", 8))
-        for name in ("ddp", "fsdp2")
-    ]
-    sharded = checkpoint_of(in_two_processes / "fsdp2/whole", 8)
-    run_in_processes(commands)
-    run_in_processes(
-        [fit(config, other / "fsdp2-on-one", "--trainer.strategy=fsdp2", "--trainer.devices=1", resume=sharded)], 1
-    )
-    for name in ("one-to-ddp", "one-to-fsdp2", "fsdp2-on-one"):
-        assert difference(tmp_path / "one", other / name) < 1e-5, name
+
+    to_two = [fit(config, tmp_path / str(i), *o, resume=checkpoint_of(one, 8)) for i, o in enumerate((DDP, FSDP2))]
+    run_in_processes(to_two)
+    sharded = checkpoint_of(folder / "fsdp2/whole", 8)
+    on_one = ["--trainer.strategy=fsdp2", "--trainer.devices=1"]
+    run_in_processes([fit(config, tmp_path / "2", *on_one, resume=sharded)], 1)
+    for run in ("0", "1", "2"):
+        assert difference(one, tmp_path / run) < 1e-5, run
 
 
-def test_processes_that_differ_are_stopped(corpus, tmp_path):
-    config = config_of(tmp_path, corpus)
-    diverge = "--trainer.callbacks+=tests.integration.kill.Diverge"
-    with pytest.raises(AssertionError, match=r"1 parameters differ between the processes, embedding\.weight first"):
-        run_in_processes([fit(config, tmp_path / "run", *DDP, diverge)])
+@pytest.mark.parametrize("average", [False, True])
+def test_processes_that_differ_are_stopped(corpus, tmp_path, average):
+    config = config_of(tmp_path, corpus, init="pairs")
+    diverge = [*EMA, "--trainer.callbacks+=tests.integration.kill.Diverge", f"--trainer.callbacks.average={average}"]
+    with pytest.raises(AssertionError, match=r"\d tensors differ between the processes, embedding\.weight first"):
+        run_in_processes([fit(config, tmp_path / "run", *DDP, *diverge)])
+
+
+def test_a_hash_sees_what_cancels_and_what_changes_places():
+    from lit_modules.strategies import fingerprint
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        one, other = (torch.randn(64, 3, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
+        pairs = [torch.cat((x, -x)) for x in (one, other)]
+        tensors = [one, other, *pairs, one.flip(0), torch.zeros(64, 3, dtype=dtype), one.new_ones(1)]
+        assert len({int(fingerprint(tensor)) for tensor in tensors}) == len(tensors)
+        assert fingerprint(one) == fingerprint(one.clone())
 
 
 class Watch(Callback):
@@ -474,6 +518,69 @@ def test_a_resumed_schedule_may_be_extended_but_not_contradict_the_past(corpus, 
         assert str(stages[0]["at_step"]) in str(error.value).partition("of this config")[2]
 
 
+def test_what_is_trained_and_how_fast_may_change_on_resume(corpus, tmp_path):
+    """At the next growth; and the run that changed is resumed exactly, too."""
+    main(fit(config_of(tmp_path, corpus, train="new"), tmp_path / "run"))
+    changed = config_of(tmp_path, corpus, old_lr_scale=0.5)
+    main(fit(changed, tmp_path / "changed", resume=checkpoint_of(tmp_path / "run", 8)))
+    main(fit(changed, tmp_path / "again", resume=checkpoint_of(tmp_path / "changed", 12)))
+    assert difference(tmp_path / "changed", tmp_path / "again") == 0
+    at_growth, end = contents(tmp_path / "changed", 10), contents(tmp_path / "changed")
+    assert not torch.equal(at_growth["model.embedding.weight"], end["model.embedding.weight"])
+    main(fit(config_of(tmp_path, corpus), tmp_path / "back", resume=checkpoint_of(tmp_path / "changed", 12)))
+
+
+def test_tokens_are_counted_from_where_a_resumed_run_is(corpus, tmp_path):
+    """With half the batch the stage comes later, and the schedule knows; a stage that is done stays done."""
+    stages = [{"at_tokens": 768, "factor": 2.0}, {"at_tokens": 1280, "ffn": 100}]
+    config = config_of(tmp_path, corpus, stages=stages)
+    main(fit(config, tmp_path / "run"))
+    main(fit(config, tmp_path / "half", "--data.batch_size=2", resume=checkpoint_of(tmp_path / "run", 8)))
+    assert [row["step"] for row in csv.DictReader((tmp_path / "half/growth.csv").open())] == ["6", "12"]
+    rates = [rate for _, rate in rows(tmp_path / "half", "train/lr")]
+    factor = lr_factor(OptimConfig(warmup_steps=1), 6)
+    assert rates == pytest.approx([1e-3 * factor(step) for step in range(2, 6)] + [0.5e-3, 1e-3])
+    with pytest.raises(ValueError, match=r"comes at step 19: trainer.max_steps=14"):
+        main(fit(config, tmp_path / "late", "--data.batch_size=1", resume=checkpoint_of(tmp_path / "run", 7)))
+
+
+def test_back_to_a_checkpoint_from_before(corpus, tmp_path):
+    """One module object may go from checkpoint to checkpoint, larger and smaller, wide and narrow."""
+    for name, growth in (("tokens", {"train": "new"}), ("width", {"stages": [{"at_step": 6, "width": 2}]})):
+        baseline = ["--model.config.baseline=width"] if name == "width" else []
+        main(fit(config_of(tmp_path, corpus, **growth), tmp_path / name, *baseline))
+        module = LanguageModule.load_from_checkpoint(checkpoint_of(tmp_path / name, 14))
+        sizes = []
+        for step in (4, 14, 6):
+            checkpoint = torch.load(checkpoint_of(tmp_path / name, step), weights_only=True)
+            module.on_load_checkpoint(checkpoint)
+            module.load_state_dict(checkpoint["state_dict"])
+            sizes.append(module.model.num_params())
+            assert all(p.requires_grad for p in module.parameters())
+        assert sizes[0] == sizes[2] < sizes[1]
+
+
+def test_growths_that_were_undone_leave_no_row(corpus, tmp_path):
+    config, run = config_of(tmp_path, corpus), tmp_path / "run"
+    main(fit(config, run))
+    for checkpoint in (run / "checkpoints").iterdir():
+        if "00000004" not in checkpoint.name:
+            checkpoint.unlink()
+    main(fit(write_config(tmp_path, corpus), run, "--model.optim.schedule=constant", resume=checkpoint_of(run, 4)))
+    assert not (run / "growth.csv").exists()
+
+
+def test_schedules_of_other_optimizers_are_not_promised(corpus, tmp_path):
+    class Module(LanguageModule):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.param_groups(), lr=1e-3)
+
+    for wrong in ({"schedule": "restart"}, {"schedule": "continue", "old_lr_scale": 0.5}):
+        module, data = module_and_data(corpus, tmp_path, Module)
+        with pytest.raises(ValueError, match="need the module's own optimizer"):
+            train(module, data, tmp_path, GrowParameterTokens(stages=STAGES, **wrong))
+
+
 WRONG = {
     "shrinks": ({"stages": [{"at_step": 6, "ffn": 16}]}, "32 parameter tokens, more than 16: growth only adds"),
     "out of order": ({"stages": [STAGES[1], STAGES[0]]}, "comes at step 6, not after .at_step: 10"),
@@ -490,7 +597,18 @@ WRONG = {
     "zero keys and values": ({"init": "zeros"}, "init"),
     "unknown layer": ({"layers": ["fnn"]}, "'fnn' is none of the model's"),
     "new, divided": ({"train": "new", "init": "split"}, "split divides"),
-    "new, without a tau to learn": ({"train": "new", "scale": "learned"}, "trains no tau"),
+    "no patience": ({"stages": [{"on_plateau": {"patience": 0}, "factor": 2.0}]}, "patience=0: must be at least 1"),
+    "a metric that is not": (
+        {"stages": [{"on_plateau": {"monitor": "val/los"}, "factor": 2.0}], "trainer": {"num_sanity_val_steps": 2}},
+        "monitor='val/los' is not logged: choose one of .*val/loss",
+    ),
+    "no validation": (
+        {"stages": [{"on_plateau": {}, "factor": 2.0}], "trainer": {"limit_val_batches": 0}},
+        "on_plateau needs validations",
+    ),
+    "annealed for too long": ({"scale": "anneal"}, "anneal_steps=1000 don't fit into steps 6 to 10"),
+    "annealed and learned": ({"scale": "anneal", "learned": True}, "choose one"),
+    "not a factor": ({"stages": [{"at_step": 6, "factor": ".nan"}]}, "factor"),
     "no room for the warm-up": (
         {"stages": [{"at_step": 1, "factor": 2.0}]},
         "warmup_steps=1 don't fit into steps 0 to 1",
@@ -501,9 +619,11 @@ WRONG = {
 
 @pytest.mark.parametrize(("growth", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_schedules_fail_before_training(corpus, tmp_path, growth, message, capsys):
+    options = ["--model.config.scale=learned"] if "learned" in growth else []
+    growth = {key: value for key, value in growth.items() if key != "learned"}
     config = config_of(tmp_path, corpus, **{"stages": STAGES} | growth)
     with pytest.raises((ValueError, SystemExit)) as error:
-        main(fit(config, tmp_path / "run"))
+        main(fit(config, tmp_path / "run", *options))
     assert re.search(message, str(error.value) + capsys.readouterr().err)
     assert not (tmp_path / "run/metrics.csv").exists()
 

@@ -112,6 +112,31 @@ def test_speed_counts_waiting_for_data_and_not_validation_or_saving(monkeypatch)
     assert [row["train/seconds"] for row in logged] == [5, 11]
 
 
+def test_growth_is_not_training_time(monkeypatch):
+    """It happens within an interval, or in the pause after a validation, which is left out already."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("lit_modules.callbacks.throughput.time.perf_counter", lambda: clock.now)
+    logged = []
+    module = SimpleNamespace(device=torch.device("cpu"), training_flops=lambda _: 1, log_dict=logged.append, growths=[])
+    trainer = SimpleNamespace(global_step=0, world_size=1, log_every_n_steps=1, precision="32-true")
+    speed = Throughput()
+    speed.on_train_start(trainer, module)
+    for step, validated in enumerate((False, True)):
+        if validated:
+            speed.on_validation_start()
+        clock.now += 30
+        speed.leave_out(30)
+        speed.on_train_batch_start()
+        clock.now += 2
+        trainer.global_step += 1
+        speed.on_train_batch_end(trainer, module, None, (torch.zeros(1, 100), None), step)
+        module.growths = [{"tokens": 100, "flops": 1}]
+    assert [row["train/seconds"] for row in logged] == [2, 4]
+    assert [row["train/stage"] for row in logged] == [0, 1]
+    assert [row["train/stage_tokens"] for row in logged] == [100, 100]
+    assert [row["train/stage_flops"] for row in logged] == [1, 1]
+
+
 def log_steps(folder, steps, **extra):
     logger = ResumableCSVLogger(str(folder))
     for step in steps:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenformer import LMConfig, Pattention, TokenFormerLM, grow
-from tokenformer.growth import anneal_taus, append_tokens, new_parameters, plan_growth, why_not_exact, widen
+from tokenformer.growth import anneal_taus, append_tokens, plan_growth, why_not_exact, widen
 
 TINY = {"vocab_size": 100, "depth": 2, "dim": 32, "num_heads": 4, "qkv_tokens": 16, "proj_tokens": 24, "ffn_tokens": 64}
 EXACT = ("zero_keys", "segment_norm", "pairs", "split")
@@ -176,6 +176,9 @@ def test_layers_can_be_chosen():
 
 
 BAD_GROWTH = [
+    ({}, "at least one of qkv, proj, ffn"),
+    ({"qkv": 64, "layers": ["ffn"]}, "qkv=64: there is no such layer among"),
+    ({"ffn": 96, "scale": "leanred"}, "scale='leanred': choose one of fixed"),
     ({"qkv": 100, "ffn": 63}, "64 parameter tokens, more than 63"),
     ({"ffn": 100, "layers": ["fnn"]}, "'fnn' is none of the model's: choose all, some of query, key, value, out, ffn"),
     ({"ffn": 100, "init": "split"}, "split copies all 64 tokens of .* ask for 128 instead of 100"),
@@ -216,16 +219,6 @@ def test_split_lets_tau_follow_the_norm():
     layer = Pattention(16, 12, 24)
     append_tokens(layer, 48, "split")
     assert layer.tau.item() == pytest.approx(math.sqrt(72), rel=1e-15)
-
-
-def test_new_parameters_are_those_of_the_last_growth():
-    model = tiny(scale="learned")
-    grow(model, ffn=96)
-    grow(model, qkv=32, ffn=128, init="segment_norm")
-    names = new_parameters(model, plan_growth(tiny(), {"ffn": 128}))
-    assert sorted(names) == sorted(
-        f"backbone.blocks.{i}.ffn.segments.2.{name}" for i in (0, 1) for name in ("keys", "values", "tau_gain")
-    )
 
 
 @pytest.mark.parametrize("factor", [2, 3])
