@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import datamodules.text  # noqa: F401  (makes its class known by its short name)
+import lit_modules.fsdp2  # noqa: F401
 from lit_modules import callbacks
 from lit_modules.callbacks import Checkpoint, PredictionWriter, Progress, Summary, Throughput
 from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole

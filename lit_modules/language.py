@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_modules.fsdp2 import shard
 from lit_modules.loggers import is_log_step
 from lit_modules.module import TokenFormerModule
 from lit_modules.optim import OptimConfig
-from lit_modules.strategies import shard
 from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.config import widened
 from tokenformer.loss import IGNORE

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from lit_modules.strategies import FSDP2
+from lit_modules.fsdp2 import FSDP2
 
 
 class EMA(WeightAveraging):

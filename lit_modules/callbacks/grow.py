@@ -13,10 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_modules.callbacks.throughput import Throughput
+from lit_modules.fsdp2 import FSDP2
 from lit_modules.growth import Recipe, Stage, describe, grow_modules, rehearse, write_growths
 from lit_modules.module import TokenFormerModule
 from lit_modules.optim import check_schedule
-from lit_modules.strategies import FSDP2, adopt_growth, check_strategy, require_equal_ranks
+from lit_modules.strategies import adopt_growth, check_strategy, require_equal_ranks
 from tokenformer.growth import Init, ScaleAfter, pattention_layers
 
 

@@ -1,0 +1,204 @@
+"""FSDP2 for models that grow: what is new is sharded, and a checkpoint is loaded whatever size and form it has."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.strategies.model_parallel import _is_sharded_checkpoint  # type: ignore[attr-defined]
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tokenformer.growth import pattention_layers
+
+CURRENT = "current_model_state."  # begins the names of the weights in a sharded checkpoint that has their average
+
+
+class FSDP2(ModelParallelStrategy):
+    """Fully sharded data parallelism: weights, gradients and optimizer state are divided among all devices.
+
+    ModelParallelStrategy, for models that grow: a resumed run takes the size of the checkpoint before it loads, new
+    tokens are sharded, and a full checkpoint has the form that one process writes, so that each reads the other's.
+
+    Args:
+        save_distributed_checkpoint: true: a folder to which each process writes its part; false: one file.
+        process_group_backend: nccl, gloo; default by device.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+        )
+
+    def setup_environment(self) -> None:
+        """Take all devices for data parallelism."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def _modules(self) -> list[Any]:
+        """The module in training and its averages."""
+        assert self.lightning_module is not None
+        callbacks = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        found = (getattr(callback, "_average_model", None) for callback in callbacks)
+        return [self.lightning_module, *(average.module for average in found if average is not None)]
+
+    def shard_new_segments(self) -> None:
+        """Make every segment that is not part of a block's unit a unit of its own."""
+        for module in self._modules():
+            shard_segments(module, self.device_mesh["data_parallel"])
+
+    def reshard(self) -> None:
+        """Give back what a forward pass without a backward pass has left gathered."""
+        for module in self._modules():
+            for part in module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
+
+    def state_dict_of(self, module: nn.Module, sharded: bool | None = None) -> dict[str, Any]:
+        """The state of a sharded module; whole, on the first process only, if checkpoints are."""
+        full = not (self._save_distributed_checkpoint if sharded is None else sharded)
+        return get_model_state_dict(module, options=StateDictOptions(full_state_dict=full, cpu_offload=True))
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Load the module's weights, given whole or sharded as they are."""
+        sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
+        options = StateDictOptions(full_state_dict=not sharded, broadcast_from_rank0=not sharded)
+        assert self.lightning_module is not None
+        set_model_state_dict(self.lightning_module, state, options=options)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint; of a sharded one also the weights beside an average (EMA) are sharded."""
+        if self._save_distributed_checkpoint:
+            current = checkpoint.pop("current_model_state", {})
+            checkpoint["state_dict"] |= {f"{CURRENT}{name}": tensor for name, tensor in current.items()}
+            checkpoint["param_groups"] = [state.pop("param_groups") for state in checkpoint.get("optimizer_states", [])]
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state to be saved: by names; of a full checkpoint by numbers, as a single process has it."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        named = [(name, p) for _, name, p in _parameters(optimizer)]
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        if self._save_distributed_checkpoint:
+            return {"state": {n: optimizer.state[p] for n, p in named if p in optimizer.state}, "param_groups": groups}
+        number = {name: i for i, (name, _) in enumerate(named)}
+        state = {
+            number[name]: {
+                k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in optimizer.state[p].items()
+            }
+            for name, p in named
+            if p in optimizer.state
+        }
+        numbered = [group | {"params": [number[name] for name in group["param_names"]]} for group in groups]
+        return {"state": state, "param_groups": numbered} if self.global_rank == 0 else {}
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Bring model and optimizer to the size of the checkpoint, then load it."""
+        path = Path(self.broadcast(checkpoint_path))
+        if _is_sharded_checkpoint(path):
+            return self._load_sharded(path)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        weights = checkpoint.pop("state_dict")
+        self._take_size(weights, checkpoint)
+        self.load_weights(weights)
+        for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            numbers = {n: i for g in saved["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
+            for group, name, p in _parameters(optimizer):
+                state = saved["state"].get(numbers.get(name), {})
+                for key, value in state.items():
+                    optimizer.state[p][key] = _whole_to_shard(value, p, group)
+            _load_groups(optimizer, saved["param_groups"])
+        return checkpoint
+
+    def _load_sharded(self, path: Path) -> dict[str, Any]:
+        entries = FileSystemReader(path).read_metadata().state_dict_metadata
+        shapes = {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        checkpoint: dict[str, Any] = torch.load(path / "meta.pt", weights_only=True)
+        start = "state_dict."
+        saved = {n.removeprefix(start): torch.empty(s, device="meta") for n, s in shapes.items() if n.startswith(start)}
+        self._take_size(saved, checkpoint)
+        assert self.lightning_module is not None
+        weights = self.state_dict_of(self.lightning_module, sharded=True)
+        averaged = any(name.startswith(CURRENT) for name in saved)
+        current = {f"{CURRENT}{name}": torch.zeros_like(tensor) for name, tensor in weights.items() if averaged}
+        wanted: dict[str, Any] = {"state_dict": weights | current}
+        for i, optimizer in enumerate(self.optimizers):
+            states: dict[str, Any] = {}
+            wanted[f"optimizer_{i}"] = {"state": states}
+            for group, name, p in _parameters(optimizer):
+                start = f"optimizer_{i}.state.{name}."
+                for key in (n.removeprefix(start) for n in shapes if n.startswith(start)):
+                    empty = torch.zeros_like(p) if shapes[start + key] else _whole_to_shard(torch.zeros(()), p, group)
+                    optimizer.state[p][key] = empty.detach()
+                states[name] = dict(optimizer.state[p])
+        load_sharded(wanted, checkpoint_id=path)
+        self.load_weights(weights)
+        if averaged:
+            loaded = wanted["state_dict"]
+            checkpoint["current_model_state"] = {name: loaded[f"{CURRENT}{name}"] for name in weights}
+        for i, optimizer in enumerate(self.optimizers):
+            for _, name, p in _parameters(optimizer):
+                optimizer.state[p].update(wanted[f"optimizer_{i}"]["state"][name])
+            _load_groups(optimizer, checkpoint["param_groups"][i])
+        return checkpoint
+
+    def _take_size(self, saved: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+        module: Any = self.lightning_module
+        self.reshard()
+        module.restore_growth(saved, checkpoint.get("growths", []))
+        self.shard_new_segments()
+        if self.optimizers:
+            module.regroup_optimizer()
+
+
+StrategyRegistry.register("fsdp2", FSDP2, description="fully sharded data parallelism, for models that grow")
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a model: each block is a unit, and what is outside the blocks is one."""
+    for block in model.backbone.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for method in ("loss", "nats_and_entropy"):
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
+
+
+def shard_segments(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the segments that are not sharded yet."""
+    for layer in pattention_layers(model).values():
+        for segment in layer.segments:
+            if not isinstance(segment.keys, DTensor):
+                fully_shard(segment, mesh=mesh, reshard_after_forward=False)  # its tensors are read after its call
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
+    """(group, name, parameter) of all that it trains."""
+    for group in optimizer.param_groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            yield group, name, p
+
+
+def _whole_to_shard(value: torch.Tensor, p: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
+    """A part of the optimizer's state of a parameter, given whole, where and as the optimizer wants it."""
+    if value.ndim and isinstance(p.data, DTensor):
+        mesh, placements = p.data.device_mesh, p.data.placements
+        # Every process has it whole, so nothing is sent.
+        return distribute_tensor(value.to(p.device), mesh, placements, src_data_rank=None)
+    return value.clone().to(p.device if value.ndim or group.get("fused") or group.get("capturable") else "cpu")
+
+
+def _load_groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
+    """Rates and the like, if the groups are the same."""
+    if len(saved) == len(optimizer.param_groups):
+        for group, old in zip(optimizer.param_groups, saved, strict=True):
+            group |= {key: value for key, value in old.items() if key not in ("params", "param_names")}
