@@ -2,6 +2,7 @@
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from tokenformer.config import BackboneConfig
 from tokenformer.growth import anneal_taus, pattention_layers
 
 
-class TokenFormerModule(LightningModule):
+class TokenFormerModule(LightningModule, ABC):
     """Base of a module that trains one model, `self.model`, with AdamW, and whose model may grow.
 
     Attributes:
@@ -40,13 +41,13 @@ class TokenFormerModule(LightningModule):
         self._grad_norm: Tensor | None = None
         self._lr = 0.0  # of this optimizer step; its scheduler moves on before the log is written
 
+    @abstractmethod
     def build_model(self, width: int = 1) -> nn.Module:
         """The model before any growth, `width` times as wide."""
-        raise NotImplementedError
 
+    @abstractmethod
     def probe_loss(self, batch: Any) -> Tensor:
         """What growth must not change: the loss of a batch."""
-        raise NotImplementedError
 
     def twin(self) -> "TokenFormerModule":
         """A module of the same config with a model of its own, sharded alike; to hold an average."""
@@ -56,9 +57,9 @@ class TokenFormerModule(LightningModule):
         other.configure_model()
         return other
 
+    @abstractmethod
     def install(self, model: nn.Module) -> None:
         """Make this the model: as it is to be trained, checkpointed, compiled and sharded."""
-        raise NotImplementedError
 
     def configure_model(self) -> None:
         """Build the model; here and not before, so that it is made on its device and in its precision."""
