@@ -3,7 +3,7 @@
     python -m benchmarks.growth [--rounds 7]
 
 The growth is the published step 124M -> 354M (12 blocks of 768 channels, 576/2304 -> 2140/8560 tokens), with AdamW's
-state there. The steps are forward, backward and AdamW of 2 such blocks at 2140/8560 tokens, 512 tokens a step.
+state there. The steps are forward, backward and AdamW of 2 such blocks at 2140/8560 tokens, 16 sequences of 128 a step.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Trainee:
     def __init__(self, model: TokenFormerLM) -> None:
         self.model = model
         self.optimizer = adamw(param_groups(model, 0.1), OptimConfig(), fused=True)
-        self.batch = torch.randint(0, 257, (2, 1, 512))
+        self.batch = torch.randint(0, 257, (2, 16, 128))
 
     def __call__(self) -> None:
         """Forward, backward, AdamW."""
@@ -57,7 +57,7 @@ class Trainee:
 
 def trainees() -> dict[str, Trainee]:
     """The built one and the grown ones, all of one size."""
-    shared = {"vocab_size": 257, "depth": 2, "max_seq_len": 512}
+    shared = {"vocab_size": 257, "depth": 2, "max_seq_len": 128}
     large = {f"{kind}_tokens": count for kind, count in LARGE.items()}
     found = {"built at its size": Trainee(TokenFormerLM(LMConfig(**shared, **large)))}
     for name, (parts, init) in GROWN.items():
