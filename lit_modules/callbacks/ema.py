@@ -43,9 +43,8 @@ class EMA(WeightAveraging):
         self._device = trainer.strategy.root_device
         with trainer.precision_plugin.module_init_context():
             pl_module.configure_model()
-            if isinstance(
-                trainer.strategy, FSDP2
-            ):  # a sharded module can't be copied, but another one be sharded alike
+            # A sharded module can't be copied, but another one can be sharded alike.
+            if isinstance(trainer.strategy, FSDP2):
                 self._average_model = AveragedModel(nn.Module(), multi_avg_fn=self._average, use_buffers=True)
                 self._average_model.module = pl_module.twin()  # type: ignore[operator]
         if not isinstance(trainer.strategy, FSDP2):
