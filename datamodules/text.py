@@ -5,7 +5,6 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ import torch
 from lightning import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
+from datamodules.loader import IGNORE, Ordered, Stream, StreamLoader, loading, rank_of
 from datamodules.sampler import sample_at
 from datamodules.sources import HuggingFace, Source, TextFormat, open_source
 from datamodules.tokenizer import Tokenizer, load_tokenizer
 from datamodules.tokens import TokenFile, prepare, read_metadata
 
-IGNORE = -100  # a target that the loss passes over
 VAL_SPLITS = ("validation", "val", "valid", "dev")
 
 Batch = tuple[Tensor, Tensor]  # input_ids (B, T), targets (B, T): the ids one place further on
@@ -172,17 +171,14 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> "TrainLoader":
         """This rank's share of the shuffled stream."""
-        rank, world_size, accumulate = 0, 1, 1
-        if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
-            accumulate = self.trainer.accumulate_grad_batches
+        rank, world_size = rank_of(self)
         return TrainLoader(
             self.train.ids,
             seq_len=self.seq_len,
             batch_size=self.batch_size,
             rank=rank,
             world_size=world_size,
-            accumulate=accumulate,
+            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
             seed=self.seed,
             num_workers=self.num_workers,
         )
@@ -200,19 +196,11 @@ class TextDataModule(LightningDataModule):
         return self._in_order(self.predict_ids)
 
     def _in_order(self, ids: NDArray[Any]) -> DataLoader[Batch]:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        batches = OrderedBatches(ids, self.seq_len, self.batch_size, rank, world_size)
-        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
+        return DataLoader(OrderedBatches(ids, self.seq_len, self.batch_size, *rank_of(self)), **loading(num_workers=0))
 
 
-class TrainLoader(DataLoader[Batch]):
-    """The shuffled stream of sequences. Its state is one integer: how many sequences all ranks have had.
-
-    A sample is seq_len + 1 tokens, and the next begins at its last one. Every epoch of the stream holds each sample
-    once, and batches run over from one epoch into the next, so no sample is lost or comes twice, whatever the number
-    of ranks and workers. `len` is the number of batches after which each sample has come at least once; one iteration
-    hands out as many, from wherever the stream is (a trainer that resumes in the middle of an epoch takes fewer).
-    """
+class TrainLoader(StreamLoader):
+    """The shuffled stream of sequences. A sample is seq_len + 1 tokens, and the next begins at its last one."""
 
     def __init__(
         self,
@@ -226,36 +214,13 @@ class TrainLoader(DataLoader[Batch]):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        self._stream = _Stream(ids, seq_len, batch_size, rank, world_size, seed)
-        per_step = self._stream.global_batch * accumulate  # whole steps: no accumulation is cut short
-        self._length = -(-self._stream.num_samples // per_step) * accumulate
-        super().__init__(self._stream, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available())
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for _, batch in zip(range(self._length), super().__iter__(), strict=False):
-            self._stream.position += self._stream.global_batch  # counts what was handed out, not what was prefetched
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The position in the stream."""
-        return {"position": self._stream.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position, with any number of ranks and any batch size."""
-        self._stream.position = state["position"]
+        super().__init__(_Sequences(ids, seq_len, batch_size, rank, world_size, seed), accumulate, num_workers)
 
 
-class _Stream(IterableDataset[Batch]):
-    """Batches from `position` on, without end; worker w of W takes every W-th."""
-
+class _Sequences(Stream):
     def __init__(self, ids: NDArray[Any], seq_len: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
-        self.ids, self.seq_len, self.batch_size, self.rank, self.seed = ids, seq_len, batch_size, rank, seed
-        self.num_samples = (len(ids) - 1) // seq_len
-        self.global_batch = batch_size * world_size
-        self.position = 0
+        super().__init__((len(ids) - 1) // seq_len, batch_size, rank, world_size)
+        self.ids, self.seq_len, self.seed = ids, seq_len, seed
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers: a memory-mapped file travels as its name, not as its contents."""
@@ -268,43 +233,28 @@ class _Stream(IterableDataset[Batch]):
         if mapped:
             self.ids = np.memmap(mapped[0], dtype=mapped[1], mode="r")
 
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        skip, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        start = self.position + self.rank * self.batch_size + skip * self.global_batch
-        offsets = np.arange(self.seq_len + 1)
-        while True:
-            positions = np.arange(start, start + self.batch_size)
-            samples = sample_at(positions, self.num_samples, self.seed)
-            sequences = torch.from_numpy(self.ids[samples[:, None] * self.seq_len + offsets].astype(np.int64))
-            yield sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()  # (B, T): pinning needs them whole
-            start += stride * self.global_batch
+    def batch_at(self, positions: NDArray[np.int64]) -> Batch:
+        """Inputs and targets."""
+        samples = sample_at(positions, self.num_samples, self.seed)
+        places = samples[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        sequences = torch.from_numpy(self.ids[places].astype(np.int64))
+        return sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()  # (B, T): pinning needs them whole
 
 
-class OrderedBatches(IterableDataset[Batch]):
-    """All windows of a text in order, each token a target exactly once over all ranks.
-
-    Every rank gets the same number of equally shaped batches, as collective operations need; what is only there to
-    fill up has the target IGNORE.
-    """
+class OrderedBatches(Ordered):
+    """All windows of a text in order, each token a target exactly once; what only fills up has the target IGNORE."""
 
     def __init__(self, ids: NDArray[Any], seq_len: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.ids, self.seq_len, self.batch_size = ids, seq_len, batch_size
-        self.rank, self.global_batch = rank, batch_size * world_size
-        self.num_windows = -(-(len(ids) - 1) // seq_len)
+        super().__init__(-(-(len(ids) - 1) // seq_len), batch_size, rank, world_size)
+        self.ids, self.seq_len = ids, seq_len
 
-    def __len__(self) -> int:
-        return -(-self.num_windows // self.global_batch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in range(len(self)):
-            first = batch * self.global_batch + self.rank * self.batch_size
-            inputs = torch.zeros(self.batch_size, self.seq_len, dtype=torch.long)
-            targets = torch.full_like(inputs, IGNORE)
-            for row in range(self.batch_size):
-                start = (first + row) * self.seq_len
-                window = torch.from_numpy(self.ids[start : start + self.seq_len + 1].astype(np.int64))
-                if len(window) > 1:
-                    inputs[row, : len(window) - 1] = window[:-1]
-                    targets[row, : len(window) - 1] = window[1:]
-            yield inputs, targets
+    def batch_at(self, positions: NDArray[np.int64]) -> Batch:
+        """Inputs and targets."""
+        inputs = torch.zeros(len(positions), self.seq_len, dtype=torch.long)
+        targets = torch.full_like(inputs, IGNORE)
+        for row, start in enumerate(positions * self.seq_len):
+            window = torch.from_numpy(self.ids[start : start + self.seq_len + 1].astype(np.int64))
+            if len(window) > 1:
+                inputs[row, : len(window) - 1] = window[:-1]
+                targets[row, : len(window) - 1] = window[1:]
+        return inputs, targets

@@ -1,0 +1,341 @@
+"""ImageDataModule: images to batches. B batch, S image size, C classes."""
+
+import random
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities.seed import isolate_rng
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data.auto_augment import posterize
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+from torchvision import transforms
+
+from datamodules.image_sources import FileImages, Images, UnreadableImage, open_source
+from datamodules.loader import IGNORE, Ordered, Stream, StreamLoader, loading, rank_of
+from datamodules.sampler import sample_at
+
+MAX_UNREADABLE = 100  # in a row: more than that is a disk that is gone
+MAX_WARNINGS = 5
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+
+TrainBatch = tuple[Tensor, Tensor]  # images (B, 3, S, S), targets (B) or (B, C)
+EvalBatch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, S, S), labels (B), indices (B)
+
+
+class ImageDataModule(LightningDataModule):
+    """Images for classification. The augmentation is timm's; what each training batch holds depends on nothing but
+    `seed` and its position in the stream.
+
+    Args:
+        source: digits (scikit-learn's, 8x8), a folder with train/CLASS/ and val/CLASS/ (test/CLASS/ too, or the test
+            runs on val/), or hf:NAME[:CONFIG], a Hugging Face data set of the hub or a local folder of one.
+        image_size: height and width that the model sees, S.
+        batch_size: images of a batch on each device, B.
+        crop: of training images. resized: a random part, resized; padded: a random place on a black margin of S/8;
+            none: what evaluation sees.
+        scale: smallest and largest share of the image that `resized` takes.
+        hflip: probability of a mirror image.
+        rand_augment: timm's description of a RandAugment, such as rand-m9-mstd0.5-inc1.
+        color_jitter: strength of random brightness, contrast and saturation.
+        random_erasing: probability that a rectangle becomes noise.
+        mixup: alpha of the Beta distribution of mixup's weights; 0: none.
+        cutmix: the same of CutMix; with both, every batch gets one of them.
+        repeats: so many augmentations of an image next to each other (repeated augmentation). An epoch has as many
+            samples as ever, so it takes `repeats` of them to see all images.
+        crop_pct: share of the resized image's side that evaluation keeps.
+        interpolation: of every resize.
+        mean: of each channel, subtracted.
+        std: of each channel, divided by.
+        skip_unreadable: train on the next image in place of one that can't be read, and count it.
+        num_workers: processes that load batches.
+        seed: of the order of samples and of the augmentation.
+        predict_source: images for `predict`: a folder, searched with all that is below it, or a file. Default: the
+            validation images.
+
+    Raises:
+        ValueError: for a setting out of range, a source that isn't there or has no classes; in `setup`, for splits
+            that don't have the same classes, or without images; in loading, for an image that can't be read.
+    """  # noqa: D205
+
+    def __init__(
+        self,
+        source: str = "digits",
+        image_size: int = 224,
+        batch_size: int = 128,
+        crop: Literal["resized", "padded", "none"] = "resized",
+        scale: tuple[float, float] = (0.08, 1.0),
+        hflip: float = 0.5,
+        rand_augment: str | None = None,
+        color_jitter: float = 0.0,
+        random_erasing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        repeats: int = 1,
+        crop_pct: float = 0.875,
+        interpolation: Literal["bilinear", "bicubic"] = "bicubic",
+        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        skip_unreadable: bool = False,
+        num_workers: int = 4,
+        seed: int = 0,
+        predict_source: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least, most in (
+            ("image_size", image_size, 1, None),
+            ("batch_size", batch_size, 1, None),
+            ("hflip", hflip, 0, 1),
+            ("color_jitter", color_jitter, 0, None),
+            ("random_erasing", random_erasing, 0, 1),
+            ("mixup", mixup, 0, None),
+            ("cutmix", cutmix, 0, None),
+            ("repeats", repeats, 1, None),
+            ("num_workers", num_workers, 0, None),
+            ("seed", seed, 0, None),
+        ):
+            if value < least or (most is not None and value > most):
+                limit = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+                raise ValueError(f"data.{name}={value}: must be {limit}")
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"data.scale={scale}: must be two shares of the image, 0 < smallest <= largest <= 1")
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"data.crop_pct={crop_pct}: must be above 0 and at most 1")
+        if rand_augment is not None and not re.fullmatch(r"rand(-[a-z]+[\d.]+)+", rand_augment):
+            raise ValueError(
+                f"data.rand_augment={rand_augment!r}: not timm's description of a RandAugment; give one such as "
+                "rand-m9-mstd0.5-inc1"
+            )
+        if rand_augment and color_jitter:
+            warnings.warn(f"data.color_jitter={color_jitter}: has no effect next to rand_augment", stacklevel=2)
+        if (mixup or cutmix) and batch_size % 2:
+            raise ValueError(f"data.batch_size={batch_size}: mixup and cutmix mix pairs, so it must be even")
+        self.image_size, self.batch_size, self.repeats, self.seed = image_size, batch_size, repeats, seed
+        self.mean, self.std, self.crop_pct, self.interpolation = mean, std, crop_pct, interpolation
+        self.skip_unreadable, self.num_workers, self.predict_source = skip_unreadable, num_workers, predict_source
+
+        same = {"input_size": image_size, "interpolation": interpolation, "mean": mean, "std": std}
+        self.eval_transform = create_transform(**same, crop_pct=crop_pct)
+        self.picture_transform = create_transform(**same, crop_pct=crop_pct, normalize=False)
+        self.train_transform = create_transform(
+            **same,
+            is_training=True,
+            scale=scale,
+            hflip=hflip,
+            color_jitter=color_jitter or None,
+            auto_augment=rand_augment,
+            re_prob=random_erasing,
+            re_mode="pixel",
+        )
+        for op in (op for step in self.train_transform.transforms for op in getattr(step, "ops", ())):
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+        resize, center_crop = self.eval_transform.transforms[:2]
+        if crop == "padded":
+            resize = transforms.Resize(image_size, resize.interpolation)
+            random_crop = transforms.RandomCrop(image_size, padding=image_size // 8)
+            self.train_transform.transforms[0] = transforms.Compose([resize, random_crop])
+        elif crop == "none":
+            self.train_transform.transforms[0] = transforms.Compose([resize, center_crop])
+
+        # Known before any image is read, since the model's head is built from it.
+        self._source = open_source(source)
+        self.class_names = self._source.class_names
+        self.num_classes = len(self.class_names)
+        self.mix = Mixup(mixup, cutmix, label_smoothing=0, num_classes=self.num_classes) if mixup or cutmix else None
+        self._images: dict[str, Images] = {}
+        self._unreadable = torch.zeros(0, dtype=torch.bool)
+
+    def prepare_data(self) -> None:
+        """Download what isn't here."""
+        self._source.prepare()
+
+    def setup(self, stage: str) -> None:
+        """List the images of the stage's splits and check them."""
+        for split in SPLITS[stage]:
+            self.images(split)
+
+    def images(self, split: str) -> Images:
+        """The images of train, val, test or predict."""
+        if split not in self._images:
+            self._images[split] = self._open(split)
+        return self._images[split]
+
+    def _open(self, split: str) -> Images:
+        if split != "predict":
+            images, where = self._source.images(split), f"the {split} split"
+        elif self.predict_source is None:
+            return self.images("val")
+        else:
+            where = f"data.predict_source={self.predict_source!r}"
+            if not Path(self.predict_source).exists():
+                raise ValueError(f"{where}: no such file or folder (in {Path.cwd()})")
+            images = FileImages(Path(self.predict_source))
+        if not len(images):
+            raise ValueError(f"{where}: no images in it")
+        if images.empty and not (split == "train" and self.skip_unreadable):
+            raise ValueError(
+                f"{where}: {len(images.empty)} of its files are empty, the first {images.empty[0]}; copy them anew"
+            )
+        return images
+
+    def num_images(self, split: str) -> int:
+        """How many images train, val, test or predict has."""
+        return len(self.images(split))
+
+    def file_of(self, split: str, index: int) -> str:
+        """The path of the image with this index in an evaluation batch, or what comes nearest to one."""
+        return self.images(split).name(index)
+
+    def image_of(self, split: str, index: int) -> Tensor:
+        """What evaluation sees of an image, before it is normalised: uint8 (3, S, S)."""
+        return self.picture_transform(self.images(split).read(index))
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Images of a batch as pictures: (..., 3, S, S), each value from 0 to 1."""
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
+    @property
+    def unreadable(self) -> int:
+        """Training images that this rank could not read so far, with `skip_unreadable`."""
+        return int(self._unreadable.sum())
+
+    def train_dataloader(self) -> StreamLoader:
+        """This rank's share of the shuffled stream: images float32 (B, 3, S, S), targets int64 (B).
+
+        With mixup or cutmix the targets are probabilities, float32 (B, C).
+        """
+        images = self.images("train")
+        self._unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
+        stream = _Augmented(
+            images,
+            self.train_transform,
+            self.image_size,
+            self.mix,
+            repeats=self.repeats,
+            seed=self.seed,
+            unreadable=self._unreadable if self.skip_unreadable else None,
+            place=(self.batch_size, *rank_of(self)),
+        )
+        return StreamLoader(stream, self.trainer.accumulate_grad_batches if self.trainer else 1, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[EvalBatch]:
+        """Every validation image once."""
+        return self._in_order("val")
+
+    def test_dataloader(self) -> DataLoader[EvalBatch]:
+        """Every test image once."""
+        return self._in_order("test")
+
+    def predict_dataloader(self) -> DataLoader[EvalBatch]:
+        """Every image of `predict_source` once."""
+        return self._in_order("predict")
+
+    def _in_order(self, split: str) -> DataLoader[EvalBatch]:
+        batches = _InOrder(self.images(split), self.eval_transform, self.image_size, (self.batch_size, *rank_of(self)))
+        return DataLoader(batches, **loading(self.num_workers), persistent_workers=self.num_workers > 0)
+
+
+def _posterize(image: Image.Image, bits: int, **settings: object) -> Image.Image:
+    """timm's, which asks Pillow for 0 bits now and then: black, but an error since Pillow 13."""
+    return posterize(image, bits, **settings) if bits else Image.new("RGB", image.size)
+
+
+class _Augmented(Stream):
+    """Training batches. All that is random about a sample follows from the seed and the sample's position."""
+
+    def __init__(
+        self,
+        images: Images,
+        transform: Callable[[Image.Image], Tensor],
+        size: int,
+        mix: Mixup | None,
+        *,
+        repeats: int,
+        seed: int,
+        unreadable: Tensor | None,
+        place: tuple[int, int, int],
+    ) -> None:
+        super().__init__(len(images), *place)
+        self.images, self.transform, self.size, self.mix = images, transform, size, mix
+        self.repeats, self.seed, self.unreadable = repeats, seed, unreadable
+
+    def batch_at(self, positions: NDArray[np.int64]) -> TrainBatch:
+        """Images and targets."""
+        samples = sample_at(positions // self.repeats, len(self.images), self.seed)
+        images = _empty(len(samples), self.size)
+        targets = torch.empty(len(samples), dtype=torch.int64)
+        with isolate_rng(include_cuda=False):
+            for row, (position, sample) in enumerate(zip(positions.tolist(), samples.tolist(), strict=True)):
+                image, targets[row] = self._read(sample)
+                _seed_all(f"{self.seed} {position}")
+                images[row] = self.transform(image)
+            if self.mix:
+                _seed_all(f"{self.seed} {positions[0]} mix")
+                images, targets = self.mix(images, targets)
+        return images, targets
+
+    def _read(self, sample: int) -> tuple[Image.Image, int]:
+        """The image and its label; of one that can't be read, of the next that can."""
+        if self.unreadable is None:
+            try:
+                return self.images.read(sample), int(self.images.labels[sample])
+            except UnreadableImage as error:
+                raise ValueError(f"{error}; replace it, or train without it: data.skip_unreadable=true") from error
+        for candidate in range(sample, sample + MAX_UNREADABLE):
+            candidate %= len(self.images)
+            try:
+                return self.images.read(candidate), int(self.images.labels[candidate])
+            except UnreadableImage as error:
+                last = error
+                if not self.unreadable[candidate]:
+                    self.unreadable[candidate] = True
+                    if self.unreadable.sum() <= MAX_WARNINGS:
+                        warnings.warn(f"{error}; training takes the next image", stacklevel=1)
+        raise ValueError(f"{MAX_UNREADABLE} images in a row can't be read; the last: {last}")
+
+
+def _empty(batch_size: int, size: int) -> Tensor:
+    """Room for a batch, (B, 3, S, S): a worker's in memory that it shares, or it would be copied once more."""
+    images = torch.empty(batch_size, 3, size, size)
+    return images.share_memory_() if get_worker_info() else images
+
+
+def _seed_all(key: str) -> None:
+    """Seed the three generators that transforms draw from: Python's hashes the key, the others follow from it."""
+    random.seed(key)
+    np.random.seed(random.getrandbits(32))
+    torch.default_generator.manual_seed(random.getrandbits(63))
+
+
+class _InOrder(Ordered):
+    """Evaluation batches."""
+
+    def __init__(
+        self,
+        images: Images,
+        transform: Callable[[Image.Image], Tensor],
+        size: int,
+        place: tuple[int, int, int],
+    ) -> None:
+        super().__init__(len(images), *place)
+        self.images, self.transform, self.size = images, transform, size
+
+    def batch_at(self, positions: NDArray[np.int64]) -> EvalBatch:
+        """Images, labels and indices; rows that only fill up are zeros with the label IGNORE and the index -1."""
+        images = _empty(len(positions), self.size).zero_()
+        labels = torch.full((len(positions),), IGNORE)
+        indices = torch.full((len(positions),), -1)
+        for row, index in enumerate(positions[positions < len(self.images)].tolist()):
+            images[row] = self.transform(self.images.read(index))
+            labels[row], indices[row] = int(self.images.labels[index]), index
+        return images, labels, indices

@@ -1,0 +1,118 @@
+"""What text and images share: an endless shuffled stream for training, every sample once for evaluation. B batch."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+IGNORE = -100  # a target that the loss passes over
+
+
+class _Batches(IterableDataset[Any], ABC):
+    """Positions cut into global batches, each of them into one batch a rank; worker w of W takes every W-th."""
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.num_samples, self.batch_size, self.rank = num_samples, batch_size, rank
+        self.global_batch = batch_size * world_size
+
+    @abstractmethod
+    def batch_at(self, positions: NDArray[np.int64]) -> Any:
+        """The batch of these positions, (B): a pure function of them."""
+
+    @abstractmethod
+    def starts(self) -> Iterable[int]:
+        """The first position of each global batch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        skip, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for start in islice(self.starts(), skip, None, stride):
+            first = start + self.rank * self.batch_size
+            yield self.batch_at(np.arange(first, first + self.batch_size))
+
+
+class Stream(_Batches):
+    """Batches from `position` on, without end. Each `num_samples` positions are an epoch."""
+
+    position = 0
+
+    def starts(self) -> Iterable[int]:
+        """On from `position`."""
+        return count(self.position, self.global_batch)
+
+
+class Ordered(_Batches):
+    """Every position below `num_samples` exactly once over all ranks.
+
+    Every rank gets the same number of equally shaped batches, as collective operations need: `batch_at` fills up the
+    rows of positions from `num_samples` on with what nobody counts.
+    """
+
+    def __len__(self) -> int:
+        return len(self.starts())
+
+    def starts(self) -> range:
+        """Until all samples have come."""
+        return range(0, self.num_samples, self.global_batch)
+
+
+class StreamLoader(DataLoader[Any]):
+    """The shuffled stream. Its state is one integer: how many samples all ranks have had.
+
+    Batches run over from one epoch into the next, so no sample is lost or comes twice, whatever the number of ranks
+    and workers. `len` is the number of batches that an epoch takes, in whole optimizer steps; one iteration hands out
+    as many, from wherever the stream is (a trainer that resumes in the middle of an epoch takes fewer). Workers live
+    on from one iteration to the next.
+
+    Attributes:
+        waited: seconds that the consumer has spent waiting for batches so far.
+    """
+
+    def __init__(self, stream: Stream, accumulate: int = 1, num_workers: int = 0) -> None:
+        self._stream, self.waited = stream, 0.0
+        self._length = -(-stream.num_samples // (stream.global_batch * accumulate)) * accumulate
+        super().__init__(stream, **loading(num_workers))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self._iterator is None:  # DataLoader's own name: the trainer ends the workers through it
+            self._iterator = self._get_iterator()
+        for _ in range(self._length):
+            start = time.perf_counter()
+            batch = next(self._iterator)
+            self.waited += time.perf_counter() - start
+            self._stream.position += self._stream.global_batch  # counts what was handed out, not what was prefetched
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the stream."""
+        return {"position": self._stream.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a position, with any number of ranks and any batch size."""
+        self._stream.position = state["position"]
+        self._iterator = None
+
+
+def loading(num_workers: int) -> dict[str, Any]:
+    """DataLoader's settings for a dataset that makes whole batches."""
+    return {
+        "batch_size": None,
+        "num_workers": num_workers,
+        "pin_memory": torch.cuda.is_available(),
+        "generator": torch.Generator(),  # DataLoader seeds its workers: not out of the global generator
+    }
+
+
+def rank_of(data: LightningDataModule) -> tuple[int, int]:
+    """(rank, number of ranks) of the trainer, if there is one."""
+    return (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)
