@@ -1,10 +1,22 @@
 """TokenFormer in pure PyTorch: layers, models, growth, import. Knows nothing of Lightning, data or YAML."""
 
-from tokenformer.config import LMConfig
+import tokenformer.timm_models  # noqa: F401 - puts the image models in timm's registry
+from tokenformer.config import LMConfig, ViTConfig
 from tokenformer.generation import generate
 from tokenformer.growth import grow
 from tokenformer.interop import load_official
 from tokenformer.language import TokenFormerLM
 from tokenformer.pattention import Pattention, pattention
+from tokenformer.vision import TokenFormerViT
 
-__all__ = ["LMConfig", "Pattention", "TokenFormerLM", "generate", "grow", "load_official", "pattention"]
+__all__ = [
+    "LMConfig",
+    "Pattention",
+    "TokenFormerLM",
+    "TokenFormerViT",
+    "ViTConfig",
+    "generate",
+    "grow",
+    "load_official",
+    "pattention",
+]

@@ -99,11 +99,12 @@ class Block(nn.Module):
             self.ffn: nn.Module = MLP(config.dim, config.mlp_hidden, baseline_std(config, residual=True))
         else:
             self.ffn = projection(config, config.ffn_tokens, residual=True)
+        self.drop_path = nn.Identity()  # vision puts stochastic depth here
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = x + self.attention(self.attention_norm(x), rotary)
-        return x + self.ffn(self.ffn_norm(x))
+        x = x + self.drop_path(self.attention(self.attention_norm(x), rotary))
+        return x + self.drop_path(self.ffn(self.ffn_norm(x)))
 
 
 class Backbone(nn.Module):

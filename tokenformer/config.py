@@ -180,6 +180,76 @@ class LMConfig(BackboneConfig):
         return self.backbone_flops_per_token(seq_len or self.max_seq_len) + 2 * self.vocab_size * self.dim
 
 
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(BackboneConfig):
+    """An image classifier (paper section 4.2 and table 9). P patches of an image, T = P or P + 1 tokens.
+
+    Attributes:
+        image_size: height and width that position embeddings are made for; others are resampled to.
+        patch_size: height and width of a patch; must divide `image_size`.
+        in_channels: of an image.
+        num_classes: outputs; 0 for a model without classifier.
+        pool: what is classified: token (a learned token in front of the patches) or avg (the mean over patches).
+        position: learned, or sincos (fixed sines and cosines in two dimensions).
+        drop_path: rate of stochastic depth in the last block; it rises linearly from 0 in the first.
+    """
+
+    rotary_fraction: float = 0.0
+    image_size: int = 224
+    patch_size: int = 16
+    in_channels: int = 3
+    num_classes: int = 1000
+    pool: Literal["token", "avg"] = "token"
+    position: Literal["learned", "sincos"] = "learned"
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("image_size", 1), ("patch_size", 1), ("in_channels", 1), ("num_classes", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"patch_size={self.patch_size} does not divide image_size={self.image_size}: the nearest size is "
+                f"{max(1, round(self.image_size / self.patch_size)) * self.patch_size}"
+            )
+        for name, allowed in {"pool": ("token", "avg"), "position": ("learned", "sincos")}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path={self.drop_path}: must be at least 0 and below 1")
+        if self.position == "sincos" and self.dim % 4:
+            raise ValueError(f"position='sincos': dim={self.dim} must be a multiple of 4")
+
+    @property
+    def grid(self) -> int:
+        """Patches in a row of an image."""
+        return self.image_size // self.patch_size
+
+    def num_tokens(self, image_size: int | None = None) -> int:
+        """T of an image: its patches, and the class token."""
+        return ((image_size or self.image_size) // self.patch_size) ** 2 + (self.pool == "token")
+
+    def num_params(self) -> int:
+        """Trainable parameters: blocks, patch and position embeddings, class token, final norm, classifier."""
+        patches = self.in_channels * self.patch_size**2 * self.dim + self.dim
+        positions = self.num_tokens() * self.dim if self.position == "learned" else 0
+        class_token = self.dim if self.pool == "token" else 0
+        head = (self.dim + 1) * self.num_classes
+        return self.backbone_params() + patches + positions + class_token + 2 * self.dim + head
+
+    def flops_per_image(self, image_size: int | None = None) -> int:
+        """FLOPs of a forward pass, of matrix products (paper T3, and those of patch embedding and classifier).
+
+        Args:
+            image_size: default: the config's.
+        """
+        tokens = self.num_tokens(image_size)
+        patches = tokens - (self.pool == "token")
+        embedding = 2 * patches * self.in_channels * self.patch_size**2 * self.dim
+        return tokens * self.backbone_flops_per_token(tokens) + embedding + 2 * self.dim * self.num_classes
+
+
 Config = TypeVar("Config", bound=BackboneConfig)
 
 

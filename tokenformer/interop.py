@@ -9,20 +9,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenformer.config import LMConfig
+from tokenformer.config import LMConfig, ViTConfig
 from tokenformer.language import TokenFormerLM
+from tokenformer.vision import TokenFormerViT
 
 # Width -> heads of the released Pile models (150M, 450M, 900M, 1.5B); a state dict does not tell the number of heads.
 RELEASED_HEADS = {768: 12, 1024: 16, 1280: 16, 1536: 16}
 
 
-def save_model(model: TokenFormerLM, path: str | Path) -> None:
+def save_model(model: TokenFormerLM | TokenFormerViT, path: str | Path) -> None:
     """Write a model as safetensors: its state dict, and its config as JSON under ``tokenformer`` in the metadata."""
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, path, metadata={"tokenformer": json.dumps(asdict(model.config))})
 
 
-def load_model(path: str | Path) -> TokenFormerLM:
+def load_model(path: str | Path) -> TokenFormerLM | TokenFormerViT:
     """Read what :func:`save_model` wrote; a grown model has the size that it grew to.
 
     Raises:
@@ -33,8 +34,9 @@ def load_model(path: str | Path) -> TokenFormerLM:
     if config is None:
         raise ValueError(f"{path}: no config in its metadata, so not written by save_model")
     tensors = load_file(path)
-    model = TokenFormerLM(LMConfig(**json.loads(config))).to(tensors["embedding.weight"].dtype)
-    model.load_state_dict(tensors)
+    fields = json.loads(config)
+    model = TokenFormerViT(ViTConfig(**fields)) if "patch_size" in fields else TokenFormerLM(LMConfig(**fields))
+    model.to(tensors["backbone.norm.weight"].dtype).load_state_dict(tensors)
     return model
 
 

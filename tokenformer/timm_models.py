@@ -1,0 +1,83 @@
+"""TokenFormerViT in timm's registry: after `import tokenformer`, `timm.create_model` knows the names below.
+
+Arguments are timm's (`num_classes`, `img_size`, `in_chans`, `global_pool`, `drop_path_rate`, `features_only`, ...)
+and the other fields of ViTConfig by their names (`ffn_tokens`, `scale`, `baseline`, ...). No weights are published.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, register_model
+
+from tokenformer.config import ViTConfig
+from tokenformer.vision import TokenFormerViT
+
+# "matched": with as many parameters as the ViT of that width (86.6M, 304.3M), which the paper marks with a dagger. The
+# others have as many tokens as channels, four times that in the feed-forward layer, and a third more in the blocks.
+SIZES = {  # depth, dim, heads, tokens of query, key, value and out, tokens of the feed-forward layer
+    "tokenformer_vit_tiny_patch16_224": (12, 192, 3, 192, 768),  # 7.5M, not in the paper; see ViT-Ti/16, 5.7M
+    "tokenformer_vit_small_patch16_224": (12, 384, 6, 384, 1536),  # 29.1M, not in the paper; see ViT-S/16, 22.1M
+    "tokenformer_vit_base_matched_patch16_224": (12, 768, 12, 576, 2304),  # 86.4M; paper: 86M
+    "tokenformer_vit_base_patch16_224": (12, 768, 12, 768, 3072),  # 114.8M; paper: 109M, which these sizes don't give
+    "tokenformer_vit_large_matched_patch16_224": (24, 1024, 16, 768, 3072),  # 304.0M; paper: 307M, and 768 for the 3072
+    "tokenformer_vit_large_patch16_224": (24, 1024, 16, 1024, 4096),  # 404.7M; paper: 407M
+}
+SIZE_NAMES = ("depth", "dim", "num_heads", "qkv_tokens", "proj_tokens", "ffn_tokens")
+
+# timm's argument for each field of the config.
+TIMM_NAMES = {"image_size": "img_size", "in_channels": "in_chans", "pool": "global_pool", "drop_path": "drop_path_rate"}
+FIELD_OF = {TIMM_NAMES.get(field.name, field.name): field.name for field in fields(ViTConfig)}
+
+default_cfgs = {  # where `register_model` looks for them
+    name: {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,  # the paper's recipe, MAE's: resize to 256, crop 224
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    for name in SIZES
+}
+
+
+def build(img_size: int | Sequence[int] = 224, drop_rate: float = 0.0, **arguments: Any) -> TokenFormerViT:
+    """A model from timm's arguments.
+
+    Args:
+        img_size: height and width, one number or two equal ones.
+        drop_rate: timm's scripts give it always; must be 0.
+        arguments: see `FIELD_OF`.
+
+    Raises:
+        ValueError: for sizes that the config refuses, an image that is not square, or dropout.
+        TypeError: for unknown arguments.
+    """
+    if unknown := arguments.keys() - FIELD_OF.keys():
+        raise TypeError(f"unknown arguments {', '.join(sorted(unknown))}: choose from {', '.join(FIELD_OF)}")
+    if drop_rate:
+        raise ValueError(f"drop_rate={drop_rate}: the model has no dropout; drop_path_rate is stochastic depth")
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if height != width:
+        raise ValueError(f"img_size={img_size}: build the model for square images; it takes others when it is called")
+    return TokenFormerViT(ViTConfig(image_size=height, **{FIELD_OF[name]: value for name, value in arguments.items()}))
+
+
+def entrypoint(name: str, sizes: dict[str, int]) -> Callable[..., Any]:
+    """What `timm.create_model` calls for a name."""
+
+    def create(pretrained: bool = False, **arguments: Any) -> Any:
+        features = {"out_indices": 3, "feature_cls": "getter"}  # the last three blocks, as in timm's own ViT
+        return build_model_with_cfg(build, name, pretrained, feature_cfg=features, **(sizes | arguments))
+
+    create.__name__ = create.__qualname__ = name
+    return create
+
+
+for name, (depth, dim, num_heads, tokens, ffn_tokens) in SIZES.items():
+    sizes = dict(zip(SIZE_NAMES, (depth, dim, num_heads, tokens, tokens, ffn_tokens), strict=True))
+    globals()[name] = register_model(entrypoint(name, sizes))
