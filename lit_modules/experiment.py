@@ -21,15 +21,26 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import datamodules.text  # noqa: F401  (makes its class known by its short name)
+import datamodules.images
+import datamodules.text  # noqa: F401  (makes their classes known by short names)
 import lit_modules.fsdp2  # noqa: F401
 from lit_modules import callbacks
-from lit_modules.callbacks import Checkpoint, PredictionWriter, Progress, Summary, Throughput
+from lit_modules.callbacks import (
+    Checkpoint,
+    EvaluationRow,
+    ImagePredictions,
+    Pictures,
+    Progress,
+    Summary,
+    Throughput,
+    TokenPredictions,
+)
 from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole
 from lit_modules.language import LanguageModule
 from lit_modules.loggers import ResumableCSVLogger
 from lit_modules.module import TokenFormerModule
 from lit_modules.plan import num_devices, plan
+from lit_modules.vision import VisionModule
 from tokenformer import LMConfig
 
 # How the processes that Lightning starts for a run learn what its first process settled.
@@ -133,7 +144,8 @@ class ExperimentCLI(LightningCLI):
                 "best.mode": "min",
             }
         )
-        parser.link_arguments("data.vocab_size", "model.init_args.config.vocab_size", apply_on="instantiate")
+        for size in ("vocab_size", "num_classes"):  # of the tokenizer, of the images
+            parser.link_arguments(f"data.{size}", f"model.init_args.config.{size}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
         self._args = args
@@ -150,6 +162,7 @@ class ExperimentCLI(LightningCLI):
             config.devices = num_devices(config.trainer.devices, config.trainer.num_nodes)
         if self.config.subcommand in ("prepare", "plan"):
             return
+        self._own_run_dir = config.run_dir is not None
         if RUN_DIR not in os.environ:
             run_dir, checkpoint = _settle(self.config.subcommand, config)
             if _get_rank() in (None, 0):  # the others, where a launcher started them, hear of it from Lightning
@@ -180,7 +193,12 @@ class ExperimentCLI(LightningCLI):
             tensorboard = TensorBoardLogger(run_dir, name="", version="")
             kwargs["logger"] = [tensorboard, ResumableCSVLogger(run_dir)]
         kwargs["plugins"] = [*_as_list(config.plugins), AtomicCheckpointIO()]
-        always = [Throughput(), Summary(run_dir), PredictionWriter()]
+        always = [Throughput(), Summary(run_dir)]
+        if isinstance(self.model, VisionModule):
+            folder = Path(run_dir) if self._own_run_dir else Path(run_dir).parent  # which other runs have too
+            always += [ImagePredictions(), Pictures(), EvaluationRow(saved.name, folder / "results.csv")]
+        else:
+            always.append(TokenPredictions())
         if config.enable_progress_bar is not False:
             always.append(Progress())
         kwargs["enable_model_summary"] = bool(config.enable_model_summary)  # Summary says it in a line

@@ -165,12 +165,17 @@ StrategyRegistry.register("fsdp2", FSDP2, description="fully sharded data parall
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Shard a model: each block is a unit, and what is outside the blocks is one."""
-    for block in model.backbone.blocks:  # type: ignore[union-attr]
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for method in ("loss", "nats_and_entropy"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The Transformer blocks of a model of this project or of timm; none of another architecture."""
+    return list(getattr(getattr(model, "backbone", model), "blocks", ()))
 
 
 def shard_segments(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -18,6 +18,8 @@ from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage
 from lit_modules.growth import Recipe, Stage, describe, grow_modules
 from lit_modules.language import LanguageModule
 from lit_modules.optim import OptimConfig
+from lit_modules.vision import VisionModule
+from tokenformer import TokenFormerViT
 from tokenformer.growth import Init
 from tokenformer.interop import load_model, save_model
 
@@ -38,7 +40,8 @@ def grow_file(source: Path, out: Path, stage: Stage, recipe: Recipe) -> str:
     start = time.perf_counter()
     if source.suffix == ".safetensors":
         model = load_model(source)
-        module = LanguageModule(model.config, OptimConfig())
+        kind: Any = VisionModule if isinstance(model, TokenFormerViT) else LanguageModule
+        module = kind(model.config, OptimConfig())
         module.install(model)
         probe = _probe(model)
         record = grow_modules([module], stage, recipe)
@@ -65,12 +68,17 @@ def grow_file(source: Path, out: Path, stage: Stage, recipe: Recipe) -> str:
     return _said(record, before[0], after[0], out)
 
 
-def _module(checkpoint: dict[str, Any], key: str) -> LanguageModule:
+def _module(checkpoint: dict[str, Any], key: str) -> LanguageModule | VisionModule:
     hyper = checkpoint["hyper_parameters"]
-    module = LanguageModule(hyper["config"], hyper["optim"])
+    if "patch_size" in hyper["config"]:
+        if hyper["timm_model"] is not None:
+            raise ValueError(f"{hyper['timm_model']} is a timm model, without parameter tokens: it does not grow")
+        module: Any = VisionModule(hyper["config"], hyper["optim"])
+    else:
+        module = LanguageModule(hyper["config"], hyper["optim"])
     module.configure_model()
     module.restore_growth(checkpoint[key], checkpoint.get("growths", []))
-    dtype = checkpoint[key]["model.embedding.weight"].dtype
+    dtype = next(tensor.dtype for name, tensor in checkpoint[key].items() if name.startswith("model."))
     module.to(dtype).load_state_dict(checkpoint[key])
     module.eval()
     return module
@@ -78,14 +86,18 @@ def _module(checkpoint: dict[str, Any], key: str) -> LanguageModule:
 
 @torch.no_grad()
 def _probe(model: Any) -> torch.Tensor:
-    """Logits of random tokens: what growth must not change."""
+    """Logits of random tokens or pixels: what growth must not change."""
     generator = torch.Generator().manual_seed(0)
+    if isinstance(model, TokenFormerViT):
+        side = model.config.image_size
+        images = torch.randn(2, model.config.in_channels, side, side, generator=generator)
+        return model(images.to(next(model.parameters()))).double()
     return model(torch.randint(model.config.vocab_size, (1, 64), generator=generator)).double()
 
 
 def _said(record: dict[str, Any], before: torch.Tensor, after: torch.Tensor, out: Path) -> str:
     moved = float((after - before).norm() / before.norm())
-    return f"{describe(record)}; the logits of a random text moved by {moved:.1e} of their norm; wrote {out}"
+    return f"{describe(record)}; the logits of random input moved by {moved:.1e} of their norm; wrote {out}"
 
 
 def main(args: list[str]) -> None:

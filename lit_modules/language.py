@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lit_modules.fsdp2 import shard
-from lit_modules.loggers import is_log_step
 from lit_modules.module import TokenFormerModule
 from lit_modules.optim import OptimConfig
 from tokenformer import LMConfig, TokenFormerLM
@@ -24,9 +23,8 @@ PROBE_TOKENS = 256  # enough to see a change; a whole batch would take longer th
 class LanguageModule(TokenFormerModule):
     """A TokenFormer (or its Transformer twin: `config.baseline`) that learns to predict the next token.
 
-    Logs `train/loss`, `train/lr` and `train/grad_norm` every `trainer.log_every_n_steps` optimizer steps, the loss
-    averaged over the batches of the step and over all ranks; and `val/loss` (nats a token), `val/perplexity`,
-    `val/bits_per_byte` and `val/entropy` (mean entropy of the predictions, nats), over all tokens.
+    Logs what TokenFormerModule logs (the loss in nats a token), and `val/loss`, `val/perplexity`, `val/bits_per_byte`
+    and `val/entropy` (mean entropy of the predictions, nats), over all tokens.
 
     Args:
         config: sizes and options of the model.
@@ -36,6 +34,8 @@ class LanguageModule(TokenFormerModule):
     """
 
     config: LMConfig
+    samples = "sequences"
+    predict_option = "--data.predict_file FILE"
 
     def __init__(
         self,
@@ -50,12 +50,19 @@ class LanguageModule(TokenFormerModule):
         self.compile_blocks, self.checkpoint_activations = compile, checkpoint_activations
         self.save_hyperparameters({"config": asdict(self.config), "optim": asdict(self.optim)})
         self.model: TokenFormerLM | None = None
-        self._losses: list[Tensor] = []  # of the batches of this optimizer step
 
     def training_flops(self, batch: Batch) -> int:
         """FLOPs that a batch costs at the model's present size: forward, and twice that for backward."""
         ids, _ = batch
         return 3 * ids.numel() * self._model.flops_per_token(ids.shape[1])
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Input tokens of a batch."""
+        return batch[0].numel()
+
+    def tokens_per_batch(self, data: Any) -> int | None:
+        """Training tokens of a batch of this datamodule on one device; None where it does not say."""
+        return getattr(data, "tokens_per_batch", None)
 
     def build_model(self, width: int = 1) -> TokenFormerLM:
         """The model before any growth, `width` times as wide."""
@@ -91,67 +98,31 @@ class LanguageModule(TokenFormerModule):
         ids, targets = batch
         return self._model.loss(ids[:1, :PROBE_TOKENS], targets[:1, :PROBE_TOKENS])
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def batch_loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy of the batch in nats."""
-        loss = self._model.loss(*batch)
-        self._losses.append(loss.detach())
-        return loss
+        return self._model.loss(*batch)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log, when an optimizer step is done and it is time; other steps read nothing from the device."""
-        if self.trainer.global_step == self._step:  # still accumulating
-            return
-        self._step = self.trainer.global_step
-        if is_log_step(self.trainer):
-            loss = torch.stack(self._losses).mean()
-            self.log("train/loss", loss, sync_dist=True)
-            self.log("train/lr", self._lr)
-            if self._grad_norm is not None:
-                self.log("train/grad_norm", self._grad_norm)
-        self._losses.clear()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the batch to the sums."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the batch to the sums."""
-        self._evaluate(batch)
-
-    def on_validation_epoch_start(self) -> None:
+    def start_evaluation(self) -> None:
         """Start the sums anew."""
-        self._start_sums()
-
-    def on_test_epoch_start(self) -> None:
-        """Start the sums anew."""
-        self._start_sums()
-
-    def _start_sums(self) -> None:
         # Plain sums, since torchmetrics' weighted mean either leaves out NaN or forgets the weights (1.9).
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self._sums = torch.zeros(3, dtype=wide, device=self.device)  # nats, entropy, tokens
 
-    def _evaluate(self, batch: Batch) -> None:
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """Add the batch to the sums."""
         nats, entropy = self._model.nats_and_entropy(*batch)
         self._sums += torch.stack([x.to(self._sums.dtype).sum() for x in (nats, entropy, batch[1] != IGNORE)])
+        return {}
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the means over all tokens of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the means over all tokens of all ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
-        sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
-        assert isinstance(sums, Tensor)
-        nats, entropy = sums[:2] / sums[2]
+    def evaluation(self, trainer: Any, stage: str) -> dict[str, Tensor]:
+        """Means over all tokens of all ranks."""
+        nats, entropy, tokens = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        nats, entropy = nats / tokens, entropy / tokens
         metrics = {"loss": nats, "perplexity": nats.exp(), "entropy": entropy}
-        split = getattr(getattr(self.trainer, "datamodule", None), stage, None)
+        split = getattr(getattr(trainer, "datamodule", None), stage, None)
         if split is not None:
             metrics["bits_per_byte"] = nats / math.log(2) * split.split.tokens / split.split.bytes
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in metrics.items()})
+        return {name: value.float() for name, value in metrics.items()}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Id, cross-entropy and entropy, in nats, of every target that counts."""

@@ -4,15 +4,19 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_modules.loggers import is_log_step
 from lit_modules.optim import OptimConfig, adamw, check_schedule, lr_factor, param_groups, regroup
 from tokenformer.config import BackboneConfig
 from tokenformer.growth import anneal_taus, pattention_layers
@@ -20,6 +24,10 @@ from tokenformer.growth import anneal_taus, pattention_layers
 
 class TokenFormerModule(LightningModule, ABC):
     """Base of a module that trains one model, `self.model`, with AdamW, and whose model may grow.
+
+    Logs `train/loss`, `train/lr` and `train/grad_norm` every `trainer.log_every_n_steps` optimizer steps, the loss
+    averaged over the batches of the step and over all ranks. What is random in a step depends on the seed, the step
+    and the rank alone, so a resumed run draws the same.
 
     Attributes:
         config: of the model before any growth.
@@ -29,6 +37,8 @@ class TokenFormerModule(LightningModule, ABC):
     """
 
     config: BackboneConfig
+    samples: ClassVar[str]  # what a batch consists of, for the log
+    predict_option: ClassVar[str]  # what `tokenformer predict` needs, to be shown to the user
 
     def __init__(self, optim: OptimConfig) -> None:
         super().__init__()
@@ -37,6 +47,8 @@ class TokenFormerModule(LightningModule, ABC):
         self.growths: list[dict[str, Any]] = []
         self.lr_span: tuple[int, int] | None = None
         self.old_lr_scale = 1.0
+        self._seed = torch.initial_seed()
+        self._losses: list[Tensor] = []  # of the batches of this optimizer step
         self._scheduler: LambdaLR | None = None
         self._grad_norm: Tensor | None = None
         self._lr = 0.0  # of this optimizer step; its scheduler moves on before the log is written
@@ -44,6 +56,34 @@ class TokenFormerModule(LightningModule, ABC):
     @abstractmethod
     def build_model(self, width: int = 1) -> nn.Module:
         """The model before any growth, `width` times as wide."""
+
+    @abstractmethod
+    def batch_loss(self, batch: Any) -> Tensor:
+        """What is minimised: the mean loss of a training batch."""
+
+    @abstractmethod
+    def num_tokens(self, batch: Any) -> int:
+        """Input tokens of a training batch."""
+
+    @abstractmethod
+    def training_flops(self, batch: Any) -> int:
+        """FLOPs that a batch costs at the model's present size: forward, and twice that for backward."""
+
+    @abstractmethod
+    def tokens_per_batch(self, data: Any) -> int | None:
+        """Training tokens of a batch of this datamodule on one device; None where it does not say."""
+
+    @abstractmethod
+    def start_evaluation(self) -> None:
+        """Begin a validation or test: nothing has been seen."""
+
+    @abstractmethod
+    def evaluate(self, batch: Any) -> dict[str, Tensor]:
+        """Take a batch into account; what callbacks may want to know of it."""
+
+    @abstractmethod
+    def evaluation(self, trainer: Any, stage: str) -> dict[str, Tensor]:
+        """Metrics over all batches of all ranks since :meth:`start_evaluation`, by name; `stage` is val or test."""
 
     @abstractmethod
     def probe_loss(self, batch: Any) -> Tensor:
@@ -85,8 +125,8 @@ class TokenFormerModule(LightningModule, ABC):
         """
         self.growths = growths
         width = math.prod(record["width"] for record in growths)
-        if self.model.config.dim != width * self.config.dim:  # a baseline; its contents come with the checkpoint
-            self.install(self.build_model(width).to(self.model.embedding.weight))
+        if width > 1 and self.model.config.dim != width * self.config.dim:  # its contents come with the checkpoint
+            self.install(self.build_model(width).to(next(self.model.parameters())))
         prefix = "model."
         shapes = {name.removeprefix(prefix): t.shape for name, t in saved.items() if name.startswith(prefix)}
         for name, layer in pattention_layers(self.model).items():
@@ -110,12 +150,26 @@ class TokenFormerModule(LightningModule, ABC):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups for the model as it is now; as many before growth as after it."""
-        if self.old_lr_scale == 1:
-            return param_groups(self, self.optim.weight_decay)
-        new = {f"model.{name}" for name in self.growths[-1]["new"]} if self.growths else set()
-        return param_groups(
-            self, self.optim.weight_decay, lambda name: bool(new) and name not in new, self.old_lr_scale
-        )
+        groups: dict[str, Any] = {"undecayed": [f"model.{name}" for name in self._undecayed()]}
+        if self.old_lr_scale != 1:
+            new = {f"model.{name}" for name in self.growths[-1]["new"]} if self.growths else set()
+            groups["is_old"] = lambda name: bool(new) and name not in new
+            groups["old_lr_scale"] = self.old_lr_scale
+        if self.optim.layer_decay != 1:
+            groups["layer_scale"] = self._layer_scales().__getitem__
+        return param_groups(self, self.optim.weight_decay, **groups)
+
+    def _undecayed(self) -> set[str]:
+        """Matrices without weight decay; a timm model names them."""
+        return self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()
+
+    def _layer_scales(self) -> dict[str, float]:
+        """Learning rate of each parameter over the optimizer's; a timm model says which layer it belongs to."""
+        if not hasattr(self.model, "group_matcher"):
+            raise ValueError(f"optim.layer_decay={self.optim.layer_decay}: this model does not name its layers")
+        layers = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)
+        last = max(layers.values())
+        return {f"model.{name}": self.optim.layer_decay ** (last - layer) for name, layer in layers.items()}
 
     def regroup_optimizer(self) -> None:
         """Tell the optimizer of parameters that have come, or that are frozen now."""
@@ -133,10 +187,25 @@ class TokenFormerModule(LightningModule, ABC):
                 f"trainer.max_steps={self._max_steps}: the learning rate schedule needs the number of steps"
             )
         check_schedule(self.optim, self._max_steps, f"trainer.max_steps={self._max_steps}")
+        self._scale_lr()
         # The fused update does its own unscaling in 16-mixed, where gradients must be unscaled before clipping.
         optimizer = adamw(self.param_groups(), self.optim, fused=self.trainer.precision != "16-mixed")
         self._scheduler = LambdaLR(optimizer, lambda step: self.rate_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
+
+    def _scale_lr(self) -> None:
+        """The peak rate for as many samples as an optimizer step has."""
+        self._peak_lr = self.optim.lr
+        if self.optim.lr_batch is not None:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            if data is None:
+                raise ValueError(f"optim.lr_batch={self.optim.lr_batch}: needs a datamodule, for its batch_size")
+            batch = data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+            self._peak_lr *= batch / self.optim.lr_batch
+            rank_zero_info(
+                f"peak learning rate {self._peak_lr:.3g}: optim.lr={self.optim.lr:g} for {self.optim.lr_batch} "
+                f"{self.samples} a step, and a step has {batch}"
+            )
 
     def rate_factor(self, step: int) -> float:
         """Learning rate of a step over its peak."""
@@ -149,7 +218,7 @@ class TokenFormerModule(LightningModule, ABC):
             return
         (optimizer,) = self.trainer.optimizers
         groups = self.param_groups()
-        self._scheduler.base_lrs = [self.optim.lr * wanted["lr_scale"] for wanted in groups]
+        self._scheduler.base_lrs = [self._peak_lr * wanted["lr_scale"] for wanted in groups]
         # A checkpoint may have had another number of groups. (Lambdas, since a scheduler would save a method's state.)
         self._scheduler.lr_lambdas = [lambda step: self.rate_factor(step) for _ in groups]
         factor = self.rate_factor(self._scheduler.last_epoch)
@@ -163,11 +232,57 @@ class TokenFormerModule(LightningModule, ABC):
         self.apply_rates()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Move annealed taus on, once an optimizer step."""
-        if self.growths and batch_idx % self.trainer.accumulate_grad_batches == 0:
+        """Seed what is random in this step; move annealed taus on, once an optimizer step."""
+        part = batch_idx % self.trainer.accumulate_grad_batches
+        place = (self._seed, self.trainer.global_rank, self.trainer.global_step, part)
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+        if self.growths and part == 0:
             left = self.growths[-1]["anneal_until"] - self.trainer.global_step
             if left > 0:
                 anneal_taus(self.model, left)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The mean loss of the batch."""
+        loss = self.batch_loss(batch)
+        self._losses.append(loss.detach())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log, when an optimizer step is done and it is time; other steps read nothing from the device."""
+        if self.trainer.global_step == self._step:  # still accumulating
+            return
+        self._step = self.trainer.global_step
+        if is_log_step(self.trainer):
+            loss = torch.stack(self._losses).mean()
+            self.log("train/loss", loss, sync_dist=True)
+            self.log("train/lr", self._lr)
+            if self._grad_norm is not None:
+                self.log("train/grad_norm", self._grad_norm)
+        self._losses.clear()
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self.start_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last test."""
+        self.start_evaluation()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Take a batch into account."""
+        return self.evaluate(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Take a batch into account."""
+        return self.evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self.log_dict({f"val/{name}": value for name, value in self.evaluation(self.trainer, "val").items()})
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics."""
+        self.log_dict({f"test/{name}": value for name, value in self.evaluation(self.trainer, "test").items()})
 
     def configure_gradient_clipping(
         self,
@@ -178,6 +293,6 @@ class TokenFormerModule(LightningModule, ABC):
         """Clip by the total norm, and keep it for the log: measuring it again would be another pass."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
-        self._lr = optimizer.param_groups[0]["lr"]
+        self._lr = optimizer.param_groups[0]["lr"]  # with layer_decay: that of the last layers
         limit = gradient_clip_val or math.inf
         self._grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)

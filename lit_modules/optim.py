@@ -1,7 +1,7 @@
 """AdamW with decay groups, and learning rate schedules that depend on the step alone."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ class OptimConfig:
 
     Attributes:
         lr: peak learning rate.
+        lr_batch: samples of an optimizer step that `lr` is meant for; the rate grows in proportion with the samples
+            that a step has. None: it is as given.
         betas: AdamW's decay rates of the first and second moment.
         eps: AdamW's epsilon.
         weight_decay: of parameter tokens, linear weights and embeddings; norms and learned taus have none.
@@ -24,9 +26,11 @@ class OptimConfig:
         warmup_steps: steps over which the rate rises linearly from 0.
         min_lr_ratio: rate over `lr` when all steps are done, for cosine and wsd.
         decay_fraction: part of all steps in which wsd goes down.
+        layer_decay: learning rate of a block over that of the next one, for vision models.
     """
 
     lr: float = 6e-4
+    lr_batch: int | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -34,10 +38,15 @@ class OptimConfig:
     warmup_steps: int = 2000
     min_lr_ratio: float = 0.1
     decay_fraction: float = 0.2
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"optim.lr={self.lr}: must be above 0")
+        if self.lr_batch is not None and self.lr_batch < 1:
+            raise ValueError(f"optim.lr_batch={self.lr_batch}: must be at least 1 sample")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay={self.layer_decay}: must be above 0 and at most 1")
         if self.schedule not in ("cosine", "wsd", "constant"):
             raise ValueError(f"optim.schedule={self.schedule!r}: choose cosine, wsd or constant")
         if self.warmup_steps < 0:
@@ -48,22 +57,44 @@ class OptimConfig:
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float, is_old: Callable[[str], bool] | None = None, old_lr_scale: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    is_old: Callable[[str], bool] | None = None,
+    old_lr_scale: float = 1.0,
+    undecayed: Collection[str] = (),
+    layer_scale: Callable[[str], float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Two groups in the order of `named_parameters`: matrices with weight decay, vectors without.
+    """Two groups in the order of `named_parameters`: matrices with weight decay; vectors, and `undecayed`, without.
 
-    With `is_old` (of a parameter's name) two more for the old ones, whose `lr_scale` is `old_lr_scale`. Growth calls it
-    again, so the number of groups must not depend on the model's size.
+    With `is_old` two more for the old ones, whose `lr_scale` is `old_lr_scale`; with `layer_scale` as many for each of
+    its values. Growth calls it again, so the number of groups must not depend on the model's size.
+
+    Args:
+        model: whose parameters.
+        weight_decay: of matrices.
+        is_old: of a parameter's name.
+        old_lr_scale: learning rate of old parameters over that of new ones.
+        undecayed: names of matrices without weight decay.
+        layer_scale: learning rate of a parameter, by its name, over the optimizer's.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    layer_scale = layer_scale or (lambda name: 1.0)
+    parameters = dict(model.named_parameters())
     groups: list[dict[str, Any]] = []
     for old in (False,) if is_old is None else (False, True):
-        of_age = [(name, p) for name, p in trained if is_old is None or is_old(name) == old]
-        for matrices in (True, False):
-            params = [(name, p) for name, p in of_age if (p.ndim >= 2) == matrices]
-            decay = weight_decay if matrices else 0.0
-            group = {"params": params, "weight_decay": decay, "lr_scale": old_lr_scale if old else 1.0}
-            groups.append(group if params else group | {"param_names": []})  # an empty one can't show that it has names
+        for scale in sorted({layer_scale(name) for name in parameters}, reverse=True):
+            for decays in (True, False):
+                params = [
+                    (name, p)
+                    for name, p in parameters.items()
+                    if p.requires_grad
+                    and (is_old is None or is_old(name) == old)
+                    and layer_scale(name) == scale
+                    and (p.ndim >= 2 and name not in undecayed) == decays
+                ]
+                group = {"params": params, "weight_decay": weight_decay if decays else 0.0}
+                group["lr_scale"] = scale * (old_lr_scale if old else 1.0)
+                groups.append(group if params else group | {"param_names": []})  # empty, it can't show its names
     return groups
 
 

@@ -3,9 +3,11 @@
 from lit_modules.callbacks.checkpoint import Checkpoint
 from lit_modules.callbacks.compression import CompressionBaseline
 from lit_modules.callbacks.ema import EMA
+from lit_modules.callbacks.evaluation_row import EvaluationRow
 from lit_modules.callbacks.grow import GrowParameterTokens
 from lit_modules.callbacks.loss_curve import LossCurve
-from lit_modules.callbacks.predictions import PredictionWriter
+from lit_modules.callbacks.pictures import Pictures
+from lit_modules.callbacks.predictions import ImagePredictions, TokenPredictions
 from lit_modules.callbacks.progress import Progress
 from lit_modules.callbacks.sample import SampleText
 from lit_modules.callbacks.summary import Summary
@@ -15,11 +17,14 @@ __all__ = [
     "EMA",
     "Checkpoint",
     "CompressionBaseline",
+    "EvaluationRow",
     "GrowParameterTokens",
+    "ImagePredictions",
     "LossCurve",
-    "PredictionWriter",
+    "Pictures",
     "Progress",
     "SampleText",
     "Summary",
     "Throughput",
+    "TokenPredictions",
 ]

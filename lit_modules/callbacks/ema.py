@@ -12,10 +12,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from lit_modules.fsdp2 import FSDP2
+from lit_modules.module import TokenFormerModule
 
 
 class EMA(WeightAveraging):
     """Averages the weights after every step; validation, test and the saved `state_dict` use the average.
+
+    The weights themselves are validated beside it: their metrics begin with `val/raw_`.
 
     With warm-up the decay after n averaged steps is min(decay, (1 + n) / (10 + n)), so that the average of a short run
     is not its initialisation.
@@ -23,13 +26,14 @@ class EMA(WeightAveraging):
     Args:
         decay: of the average, per optimizer step.
         warmup: start with less.
+        validate_raw: validate the weights themselves too, which doubles the time of a validation.
     """
 
-    def __init__(self, decay: float = 0.9999, warmup: bool = True) -> None:
+    def __init__(self, decay: float = 0.9999, warmup: bool = True, validate_raw: bool = True) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay={decay}: must be at least 0 and below 1")
         super().__init__(multi_avg_fn=self._average)
-        self.decay, self.warmup = decay, warmup
+        self.decay, self.warmup, self.validate_raw = decay, warmup, validate_raw
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the average, on the device and in the precision that the model is about to have."""
@@ -52,8 +56,28 @@ class EMA(WeightAveraging):
         assert self._average_model is not None
         self._average_model.n_averaged = self._average_model.n_averaged.cpu()  # it is read every step
 
+    def _raw(self) -> Any:
+        """The module that has the weights themselves while a validation has swapped them; None outside of training."""
+        module = None if self._average_model is None else self._average_model.module
+        return module if self.validate_raw and isinstance(module, TokenFormerModule) else None
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Swap the weights and their average."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        if (raw := self._raw()) is not None:
+            raw.eval()
+            raw.start_evaluation()
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        """Validate the weights themselves."""
+        if (raw := self._raw()) is not None:
+            with trainer.precision_plugin.val_step_context():
+                raw.evaluate(batch)
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the model its own weights back."""
+        if (raw := self._raw()) is not None:
+            pl_module.log_dict({f"val/raw_{name}": value for name, value in raw.evaluation(trainer, "val").items()})
         if isinstance(trainer.strategy, FSDP2):
             trainer.strategy.reshard()
         super().on_validation_epoch_end(trainer, pl_module)

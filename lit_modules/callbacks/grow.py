@@ -122,7 +122,8 @@ class GrowParameterTokens(Callback):
     def _steps(self, trainer: Trainer, module: TokenFormerModule) -> list[int | None]:
         """The step before which each stage came or will come; None where that shows only in the training."""
         past = [record["step"] for record in module.growths if record["stage"] is not None]
-        per_batch = getattr(getattr(trainer, "datamodule", None), "tokens_per_batch", None)
+        data = getattr(trainer, "datamodule", None)
+        per_batch = None if data is None else module.tokens_per_batch(data)
         steps: list[int | None] = []
         for stage in self.stages[len(past) :]:
             step = stage.at_step

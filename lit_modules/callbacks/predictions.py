@@ -4,33 +4,91 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from pyarrow.parquet import ParquetWriter
 
 
-class PredictionWriter(Callback):
+class _OnOneDevice(Callback):
+    """What both writers do."""
+
+    name: str
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            raise ValueError(f"predict on {trainer.world_size} devices: give --trainer.devices 1")
+        self._path = Path(trainer.default_root_dir) / self.name
+        self._written = 0
+
+
+class TokenPredictions(_OnOneDevice):
     """`tokenformer predict` writes `predictions.csv` into the run's folder: position, id, token, nats, entropy.
 
     Raises:
         ValueError: with several devices; the tokens of one file are in order on one only.
     """
 
+    name = "predictions.csv"
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size > 1:
-            raise ValueError(f"predict on {trainer.world_size} devices: give --trainer.devices 1")
-        self._path = Path(trainer.default_root_dir) / "predictions.csv"
+        super().on_predict_start(trainer, pl_module)
         self._file = self._path.open("w", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
         self._writer.writerow(["position", "id", "token", "nats", "entropy"])
-        self._position = 0
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:  # type: ignore[override]
         decode = trainer.datamodule.tokenizer.decode  # type: ignore[attr-defined]
         columns = (outputs[name].tolist() for name in ("id", "nats", "entropy"))
         for token_id, nats, entropy in zip(*columns, strict=True):
-            self._writer.writerow([self._position, token_id, decode([token_id]), f"{nats:.6f}", f"{entropy:.6f}"])
-            self._position += 1
+            self._writer.writerow([self._written, token_id, decode([token_id]), f"{nats:.6f}", f"{entropy:.6f}"])
+            self._written += 1
 
     def on_predict_end(self, *_: Any) -> None:
         self._file.close()
-        rank_zero_info(f"{self._position} tokens written to {self._path}")
+        rank_zero_info(f"{self._written} tokens written to {self._path}")
+
+
+class ImagePredictions(_OnOneDevice):
+    """`tokenformer predict` writes `predictions.parquet` into the run's folder, a row of each image.
+
+    Columns: file; target (its class where that is known, else null); label (the likeliest class); top5 (the five
+    likeliest, best first); probabilities (theirs).
+
+    Raises:
+        ValueError: with several devices; the images are in order on one only.
+    """
+
+    name = "predictions.parquet"
+    schema = pa.schema(
+        [
+            ("file", pa.string()),
+            ("target", pa.string()),
+            ("label", pa.string()),
+            ("top5", pa.list_(pa.string())),
+            ("probabilities", pa.list_(pa.float32())),
+        ]
+    )
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_predict_start(trainer, pl_module)
+        self._writer = ParquetWriter(self._path, self.schema)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # type: ignore[override]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        names = data.class_names
+        targets, places = batch[1].tolist(), batch[2].tolist()
+        top5 = [[names[c] for c in classes] for classes in outputs["classes"].tolist()]
+        rows = {
+            "file": [data.file_of("predict", place) for place in places if place >= 0],
+            "target": [names[t] if t >= 0 else None for t, place in zip(targets, places, strict=True) if place >= 0],
+            "label": [classes[0] for classes in top5],
+            "top5": top5,
+            "probabilities": outputs["probabilities"].tolist(),
+        }
+        self._writer.write_batch(pa.record_batch(rows, schema=self.schema))
+        self._written += len(top5)
+
+    def on_predict_end(self, *_: Any) -> None:
+        self._writer.close()
+        rank_zero_info(f"{self._written} images written to {self._path}")

@@ -12,7 +12,9 @@ from lit_modules.loggers import is_log_step
 SHOWN = {
     "train/loss": ("loss", "{:.3f}"),
     "val/loss": ("val", "{:.3f}"),
+    "val/top1": ("top1", "{:.1%}"),
     "train/tokens_per_second": ("tok/s", "{:,.0f}"),
+    "train/images_per_second": ("img/s", "{:,.0f}"),
     "train/mfu": ("mfu", "{:.1%}"),
 }
 

@@ -1,4 +1,4 @@
-"""What a run ends with: the best validation loss, where things are, what to type next."""
+"""What a run ends with: the best validation, where things are, what to type next."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ class Summary(Callback):
 
     def __init__(self, run_dir: str) -> None:
         self.run_dir = run_dir
-        self.best: tuple[float, int] | None = None  # validation loss, step
+        self.best: tuple[float, int] | None = None  # of the validations: accuracy or else loss, step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         sizes = {
@@ -31,16 +31,21 @@ class Summary(Callback):
             write_growths(Path(self.run_dir) / "growth.csv", pl_module.growths)  # type: ignore[arg-type]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
+        metrics = trainer.callback_metrics
+        found = [name for name in ("val/top1", "val/loss") if name in metrics]
+        if trainer.sanity_checking or not found:
             return
-        loss = float(trainer.callback_metrics["val/loss"])
-        if self.best is None or loss < self.best[0]:
-            self.best = (loss, trainer.global_step)
+        value = float(metrics[found[0]])
+        if self.best is None or (value > self.best[0] if found[0] == "val/top1" else value < self.best[0]):
+            self.best = (value, trainer.global_step)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         lines = [f"\nfinished at step {trainer.global_step} of {trainer.max_steps}"]
         if self.best is not None:
-            lines.append(f"best validation loss {self.best[0]:.4f} nats a token, at step {self.best[1]}")
+            value, step = self.best
+            classifies = "val/top1" in trainer.callback_metrics
+            what = f"accuracy {value:.2%} (top-1)" if classifies else f"loss {value:.4f} nats a token"
+            lines.append(f"best validation {what}, at step {step}")
         saved = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path]
         for callback in saved:
             lines.append(f"checkpoint ({callback.monitor}): {shorten(callback.best_model_path)}")
@@ -50,7 +55,7 @@ class Summary(Callback):
             lines += [
                 "next:",
                 f"  tokenformer validate --config {config} --ckpt_path {best}",
-                f"  tokenformer predict --config {config} --ckpt_path {best} --data.predict_file FILE",
+                f"  tokenformer predict --config {config} --ckpt_path {best} {pl_module.predict_option}",
                 f"  tensorboard --logdir {shorten(Path(self.run_dir).parent)}",
             ]
         rank_zero_info("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Tokens and FLOPs spent so far, tokens per second, MFU."""
+"""Tokens and FLOPs spent so far, tokens per second, MFU, waiting for data."""
 
 import time
 from typing import Any
@@ -13,9 +13,10 @@ from lit_modules.loggers import is_log_step
 class Throughput(Callback):
     """Logs what the training has cost and how fast it is.
 
-    `train/tokens`, `train/flops` and `train/seconds` are cumulative, over all ranks, resumes and growth; `train/stage`
-    is how often the model has grown, `train/stage_tokens` and `train/stage_flops` count from the last time on. Then
-    `train/tokens_per_second` and `train/mfu`.
+    `train/tokens`, `train/flops`, `train/seconds` and the number of samples (`train/sequences` or `train/images`) are
+    cumulative, over all ranks, resumes and growth; `train/stage` is how often the model has grown, `train/stage_tokens`
+    and `train/stage_flops` count from the last time on. Then `train/tokens_per_second`, the same of samples,
+    `train/mfu`, and `train/data_wait`, the share of the time that this rank has waited for its loader.
 
     FLOPs are those of matrix products, forward and backward, at the size the model has at that step; what activation
     checkpointing computes again does not count, and what frozen parameters save is not subtracted. An interval runs
@@ -25,7 +26,7 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self.tokens = self.flops = 0
+        self.samples = self.tokens = self.flops = 0
         self.seconds = 0.0  # as `train/seconds` counts them, validation and saving left out
         self._paused_at: float | None = None
         self._paused = 0.0
@@ -33,8 +34,12 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._peak = peak_flops(device_name(pl_module.device), str(trainer.precision))
         self._step = trainer.global_step
-        self._start = (time.perf_counter(), self.tokens, self.flops)
+        self._start = self._now(trainer)
         self._paused_at, self._paused = None, 0.0
+
+    def _now(self, trainer: Trainer) -> tuple[float, int, int, int, float]:
+        waited = getattr(trainer.train_dataloader, "waited", 0.0)
+        return time.perf_counter(), self.samples, self.tokens, self.flops, waited
 
     def leave_out(self, seconds: float) -> None:
         """Do not count so many seconds that have just passed as training."""
@@ -56,30 +61,35 @@ class Throughput(Callback):
             self._paused_at = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.tokens += batch[0].numel() * trainer.world_size
+        self.samples += len(batch[0]) * trainer.world_size
+        self.tokens += pl_module.num_tokens(batch) * trainer.world_size
         self.flops += pl_module.training_flops(batch) * trainer.world_size
         if trainer.global_step == self._step or not is_log_step(trainer):
             return
         self._step = trainer.global_step
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        now, (then, tokens, flops) = time.perf_counter(), self._start
-        seconds = now - then - self._paused
+        now = self._now(trainer)
+        seconds, samples, tokens, flops, waited = (new - old for new, old in zip(now, self._start, strict=True))
+        seconds -= self._paused
         self.seconds += seconds
         grown = pl_module.growths[-1] if pl_module.growths else {"tokens": 0, "flops": 0}
         metrics = {"train/tokens": float(self.tokens), "train/flops": float(self.flops), "train/seconds": self.seconds}
         metrics["train/stage"] = float(len(pl_module.growths))
         metrics["train/stage_tokens"] = float(self.tokens - grown["tokens"])
         metrics["train/stage_flops"] = float(self.flops - grown["flops"])
-        metrics["train/tokens_per_second"] = (self.tokens - tokens) / seconds
+        metrics[f"train/{pl_module.samples}"] = float(self.samples)
+        metrics[f"train/{pl_module.samples}_per_second"] = samples / seconds
+        metrics["train/tokens_per_second"] = tokens / seconds
+        metrics["train/data_wait"] = waited / seconds
         if self._peak is not None:
-            metrics["train/mfu"] = (self.flops - flops) / seconds / (self._peak * trainer.world_size)
+            metrics["train/mfu"] = flops / seconds / (self._peak * trainer.world_size)
         pl_module.log_dict(metrics)
-        self._start, self._paused = (now, self.tokens, self.flops), 0.0
+        self._start, self._paused = now, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}
+        return {"samples": self.samples, "tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.tokens, self.flops = state_dict["tokens"], state_dict["flops"]
+        self.samples, self.tokens, self.flops = (state_dict[name] for name in ("samples", "tokens", "flops"))
         self.seconds = state_dict["seconds"]

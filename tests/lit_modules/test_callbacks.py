@@ -82,25 +82,31 @@ def test_tf32_has_a_peak_when_it_is_on():
 
 
 def test_speed_counts_waiting_for_data_and_not_validation_or_saving(monkeypatch):
-    """A step of 100 tokens: 1 s for its batch, 2 s of work. After the first, 50 s of validation, 7 s of saving."""
+    """A step of 4 x 25 tokens: 1 s for its batch, 2 s of work. After the first, 50 s of validation, 7 s of saving."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("lit_modules.callbacks.throughput.time.perf_counter", lambda: clock.now)
     logged = []
     module = SimpleNamespace(
         device=torch.device("cpu"),
         training_flops=lambda batch: 5 * batch[0].numel(),
+        num_tokens=lambda batch: batch[0].numel(),
+        samples="images",
         log_dict=logged.append,
         growths=[],
     )
-    trainer = SimpleNamespace(global_step=0, world_size=2, log_every_n_steps=2, precision="32-true")
+    loader = SimpleNamespace(waited=0.5)  # before the training began
+    trainer = SimpleNamespace(
+        global_step=0, world_size=2, log_every_n_steps=2, precision="32-true", train_dataloader=loader
+    )
     speed = Throughput()
     speed.on_train_start(trainer, module)
     for step in range(4):
         clock.now += 1
+        loader.waited += 1
         speed.on_train_batch_start()
         clock.now += 2
         trainer.global_step += 1
-        speed.on_train_batch_end(trainer, module, None, (torch.zeros(1, 100), None), step)
+        speed.on_train_batch_end(trainer, module, None, (torch.zeros(4, 25), None), step)
         if step == 0:
             speed.on_validation_start()
             clock.now += 50
@@ -108,6 +114,9 @@ def test_speed_counts_waiting_for_data_and_not_validation_or_saving(monkeypatch)
             clock.now += 7
     # 2 steps of 200 tokens in 6 s; what is between the pause and the next batch's start counts as pause
     assert [row["train/tokens_per_second"] for row in logged] == pytest.approx([400 / 5, 400 / 6])
+    assert [row["train/images_per_second"] for row in logged] == pytest.approx([16 / 5, 16 / 6])
+    assert [row["train/images"] for row in logged] == [16, 32]
+    assert [row["train/data_wait"] for row in logged] == pytest.approx([2 / 5, 2 / 6])
     assert [row["train/flops"] for row in logged] == [2000, 4000]
     assert [row["train/seconds"] for row in logged] == [5, 11]
 
@@ -117,8 +126,11 @@ def test_growth_is_not_training_time(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("lit_modules.callbacks.throughput.time.perf_counter", lambda: clock.now)
     logged = []
-    module = SimpleNamespace(device=torch.device("cpu"), training_flops=lambda _: 1, log_dict=logged.append, growths=[])
-    trainer = SimpleNamespace(global_step=0, world_size=1, log_every_n_steps=1, precision="32-true")
+    module = SimpleNamespace(device=torch.device("cpu"), log_dict=logged.append, growths=[], samples="sequences")
+    module.training_flops, module.num_tokens = lambda batch: 1, lambda batch: 100
+    trainer = SimpleNamespace(
+        global_step=0, world_size=1, log_every_n_steps=1, precision="32-true", train_dataloader=None
+    )
     speed = Throughput()
     speed.on_train_start(trainer, module)
     for step, validated in enumerate((False, True)):

@@ -1,0 +1,195 @@
+"""VisionModule: training, evaluation and prediction of an image classifier. B batch, C classes."""
+
+from dataclasses import asdict
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.classification import MulticlassAccuracy
+
+from lit_modules.fsdp2 import blocks_of, shard
+from lit_modules.module import TokenFormerModule
+from lit_modules.optim import OptimConfig
+from tokenformer import TokenFormerViT, ViTConfig
+from tokenformer.config import widened
+
+IGNORE = -100  # label of rows that fill up a batch, and of images that have none
+
+TrainBatch = tuple[Tensor, Tensor]  # images (B, 3, H, W), labels (B,) or soft targets (B, C)
+EvalBatch = tuple[Tensor, Tensor, Tensor]  # images, labels (B,), places in the split (B,), -1 where it only fills up
+
+PROBE_IMAGES = 2  # enough to see a change; a whole batch would take longer than the growth
+
+
+class VisionModule(TokenFormerModule):
+    """A TokenFormerViT, its Transformer twin (`config.baseline`) or any timm model, that learns to name images.
+
+    Logs what TokenFormerModule logs, and `val/loss` (cross-entropy in nats, no smoothing), `val/top1` and `val/top5`
+    (shares of 1), over all images, each once.
+
+    Args:
+        config: sizes and options of the model.
+        optim: AdamW and its schedule.
+        timm_model: name of a timm model to train in place of `config`, which then only says `num_classes`,
+            `image_size`, `in_channels` and `drop_path`.
+        timm_args: further arguments of `timm.create_model`, such as {embed_dim: 96, depth: 4}.
+        label_smoothing: share of a target that is spread over all classes, in training.
+        compile: compile each block with torch.compile: a minute at the start, faster steps.
+        checkpoint_activations: keep only each block's input for the backward pass; less memory, a third more work.
+
+    Raises:
+        ValueError: for a name that timm does not know; in `setup`, when data and model don't fit.
+        RuntimeError: when an evaluation has not seen each image once.
+    """
+
+    config: ViTConfig
+    samples = "images"
+    predict_option = "--data.predict_source FOLDER"
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        optim: OptimConfig,
+        timm_model: str | None = None,
+        timm_args: dict[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        compile: bool = False,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        # From a checkpoint they come as dictionaries, since nothing else is stored: no code runs when one is read.
+        super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim)
+        self.config = ViTConfig(**config) if isinstance(config, dict) else config
+        self.timm_model, self.timm_args, self.label_smoothing = timm_model, timm_args or {}, label_smoothing
+        self.compile_blocks, self.checkpoint_activations = compile, checkpoint_activations
+        if timm_model is not None and not timm.is_model(timm_model):
+            near = ", ".join(timm.list_models(f"*{timm_model}*")[:5])
+            raise ValueError(f"model.timm_model={timm_model!r}: timm has no such model" + near and f"; it has {near}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"model.label_smoothing={label_smoothing}: must be at least 0 and below 1")
+        timm_model_and_args = {"timm_model": timm_model, "timm_args": timm_args}
+        self.save_hyperparameters({"config": asdict(self.config), "optim": asdict(self.optim)} | timm_model_and_args)
+        self.model: nn.Module | None = None
+        classes = self.config.num_classes
+        shared = {"num_classes": classes, "average": "micro", "ignore_index": IGNORE, "validate_args": False}
+        self._top1 = MulticlassAccuracy(**shared)  # type: ignore[arg-type]
+        self._top5 = MulticlassAccuracy(**shared, top_k=min(5, classes))  # type: ignore[arg-type]
+
+    def build_model(self, width: int = 1) -> nn.Module:
+        """The model before any growth, `width` times as wide."""
+        config = self.config
+        if self.timm_model is None:
+            return TokenFormerViT(widened(config, width))
+        options: dict[str, Any] = {"num_classes": config.num_classes, "in_chans": config.in_channels}
+        options |= ({"drop_path_rate": config.drop_path} if config.drop_path else {}) | self.timm_args
+        for sized in ({"img_size": config.image_size}, {}):  # a convolutional model takes any size and no such argument
+            try:
+                return timm.create_model(self.timm_model, **sized | options)
+            except TypeError as error:
+                problem = error
+        raise ValueError(f"model.timm_model={self.timm_model!r} with {options}: {problem}")
+
+    def install(self, model: nn.Module) -> None:
+        """Make this the model: as it is to be trained, checkpointed, compiled and sharded."""
+        self.model = model
+        if self.checkpoint_activations:
+            model.set_grad_checkpointing()  # type: ignore[operator]
+        if self.compile_blocks:
+            for block in blocks_of(model) or [model]:
+                block.compile()
+        if self._device_mesh is not None:
+            shard(model, self._device_mesh["data_parallel"])
+        self._flops: dict[torch.Size, int] = {}  # of an image, for a timm model
+
+    def setup(self, stage: str) -> None:
+        """Check model and data against each other before any work is done."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return
+        if data.num_classes != self.config.num_classes:
+            raise ValueError(
+                f"model.config.num_classes={self.config.num_classes} but the data has {data.num_classes} classes"
+            )
+        if self.timm_model is None and data.image_size % self.config.patch_size:
+            raise ValueError(
+                f"data.image_size={data.image_size} is not a whole number of patches of "
+                f"model.config.patch_size={self.config.patch_size}"
+            )
+
+    def batch_loss(self, batch: TrainBatch) -> Tensor:
+        """Mean cross-entropy of the batch in nats, targets smoothed."""
+        images, targets = batch
+        return F.cross_entropy(self._model(images), targets, label_smoothing=self.label_smoothing)
+
+    def probe_loss(self, batch: TrainBatch) -> Tensor:
+        """What growth must not change: the loss of the beginning of a batch."""
+        images, targets = batch
+        return self.batch_loss((images[:PROBE_IMAGES], targets[:PROBE_IMAGES]))
+
+    def num_tokens(self, batch: TrainBatch) -> int:
+        """Tokens of the batch's images, the class token too; of a model that is no ViT, those that a ViT would have."""
+        return len(batch[0]) * self.config.num_tokens(batch[0].shape[-1])
+
+    def tokens_per_batch(self, data: Any) -> int | None:
+        """Training tokens of a batch of this datamodule on one device."""
+        return data.batch_size * self.config.num_tokens(data.image_size)
+
+    def training_flops(self, batch: TrainBatch) -> int:
+        """FLOPs that a batch costs at the model's present size: forward, and twice that for backward."""
+        images, _ = batch
+        if isinstance(self.model, TokenFormerViT):
+            return 3 * len(images) * self.model.flops_per_image(images.shape[-1])
+        if images.shape[1:] not in self._flops:
+            with torch.device("meta"), FlopCounterMode(display=False) as counter:
+                self.build_model().eval()(torch.empty(1, *images.shape[1:]))
+            self._flops[images.shape[1:]] = counter.get_total_flops()
+        return 3 * len(images) * self._flops[images.shape[1:]]
+
+    def start_evaluation(self) -> None:
+        """Start the sums anew."""
+        self._top1.reset()
+        self._top5.reset()
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        self._sums = torch.zeros(2, dtype=wide, device=self.device)  # nats, images
+
+    def evaluate(self, batch: EvalBatch) -> dict[str, Tensor]:
+        """Add the batch to the sums; its logits (B, C) and losses (B,)."""
+        images, labels, _ = batch
+        logits = self._model(images).float()
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+        self._top1.update(logits, labels)
+        self._top5.update(logits, labels)
+        self._sums += torch.stack([losses.sum(), (labels != IGNORE).sum()]).to(self._sums)
+        return {"logits": logits, "losses": losses}
+
+    def evaluation(self, trainer: Any, stage: str) -> dict[str, Tensor]:
+        """Mean loss and accuracies over all images of all ranks."""
+        nats, images = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
+        self.num_evaluated, expected = int(images), self._expected(trainer, stage)
+        if expected is not None and self.num_evaluated != expected:
+            raise RuntimeError(f"{stage}: {self.num_evaluated:,} images were evaluated, the split has {expected:,}")
+        means = {"loss": nats / images, "top1": self._top1.compute(), "top5": self._top5.compute()}
+        return {name: value.float() for name, value in means.items()}
+
+    def _expected(self, trainer: Any, stage: str) -> int | None:
+        """Images of the split; None where only a part of it is asked for."""
+        limit = {"val": trainer.limit_val_batches, "test": trainer.limit_test_batches}[stage]
+        data: Any = getattr(trainer, "datamodule", None)
+        whole = isinstance(limit, float) and limit == 1  # the integer is one batch
+        if not whole or trainer.sanity_checking or not hasattr(data, "num_images"):
+            return None
+        return data.num_images(stage)
+
+    def predict_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Tensor]:
+        """The likeliest classes and their probabilities, (B, 5), and places in the split; fillers left out."""
+        images, _, places = batch
+        real = places >= 0
+        top = self._model(images).float().softmax(dim=-1).topk(min(5, self.config.num_classes))
+        return {"places": places[real], "probabilities": top.values[real], "classes": top.indices[real]}
+
+    @property
+    def _model(self) -> nn.Module:
+        assert self.model is not None, "configure_model comes first"
+        return self.model
