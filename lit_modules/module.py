@@ -92,7 +92,7 @@ class TokenFormerModule(LightningModule, ABC):
     def twin(self) -> "TokenFormerModule":
         """A module of the same config with a model of its own, sharded alike; to hold an average."""
         other = copy.copy(self)  # without its trainer
-        other._modules = {}
+        other._modules = copy.deepcopy({name: part for name, part in self._modules.items() if name != "model"})
         other.model = None
         other.configure_model()
         return other

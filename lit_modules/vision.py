@@ -1,6 +1,7 @@
 """VisionModule: training, evaluation and prediction of an image classifier. B batch, C classes."""
 
 from dataclasses import asdict
+from difflib import get_close_matches
 from typing import Any
 
 import timm
@@ -65,8 +66,9 @@ class VisionModule(TokenFormerModule):
         self.timm_model, self.timm_args, self.label_smoothing = timm_model, timm_args or {}, label_smoothing
         self.compile_blocks, self.checkpoint_activations = compile, checkpoint_activations
         if timm_model is not None and not timm.is_model(timm_model):
-            near = ", ".join(timm.list_models(f"*{timm_model}*")[:5])
-            raise ValueError(f"model.timm_model={timm_model!r}: timm has no such model" + near and f"; it has {near}")
+            near = get_close_matches(timm_model, timm.list_models())
+            hint = f": did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"model.timm_model={timm_model!r}: timm has no such model{hint}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"model.label_smoothing={label_smoothing}: must be at least 0 and below 1")
         timm_model_and_args = {"timm_model": timm_model, "timm_args": timm_args}

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "tests" / "assets"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: more threads wait for each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

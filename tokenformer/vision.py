@@ -31,7 +31,7 @@ class TokenFormerViT(nn.Module):
         class_token, position    0.02                                0.1
         head                     0.02                                0.02
 
-    With `scaled` patches and positions are equally large, so that the first blocks see both.
+    With `scaled` patches do not drown positions: the first blocks see both.
 
     Example:
         >>> model = TokenFormerViT(ViTConfig(image_size=32, patch_size=4, num_classes=10, depth=2, dim=64, num_heads=4))

@@ -47,9 +47,9 @@ def contents(run, step=14):
     return tensors | {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
 
 
-def difference(one, other):
+def difference(one, other, step=14):
     """The largest between two runs' contents, infinite where their names differ."""
-    a, b = contents(one), contents(other)
+    a, b = contents(one, step), contents(other, step)
     if a.keys() != b.keys():
         return float("inf")
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from timm.optim import param_groups_layer_decay
 
+from lit_modules.language import LanguageModule
 from lit_modules.optim import OptimConfig, adamw, lr_factor, lr_scheduler, param_groups
-from tokenformer import LMConfig, TokenFormerLM
+from lit_modules.vision import VisionModule
+from tokenformer import LMConfig, TokenFormerLM, ViTConfig, grow
 
 SMALL = {"vocab_size": 20, "depth": 2, "dim": 16, "num_heads": 2}
 
@@ -31,6 +34,42 @@ def test_frozen_parameters_are_in_no_group():
     model.embedding.requires_grad_(False)
     names = [name for group in param_groups(model, 0.1) for name, _ in group["params"]]
     assert "embedding.weight" not in names
+
+
+@pytest.mark.parametrize("name", [None, "test_vit"])
+def test_layer_decay_is_timms(name):
+    """Same rate and decay of every parameter as in timm's own groups; as many groups after growth."""
+    config = ViTConfig(image_size=16, patch_size=8, depth=3, dim=16, num_heads=2, num_classes=4, scale="learned")
+    module = VisionModule(config, OptimConfig(weight_decay=0.3, layer_decay=0.5), timm_model=name)
+    module.configure_model()
+    groups = module.param_groups()
+    found = {n: (group["lr_scale"], group["weight_decay"]) for group in groups for n, _ in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found) == len(list(module.parameters()))
+    expected = param_groups_layer_decay(
+        module.model, 0.3, no_weight_decay_list=module.model.no_weight_decay(), layer_decay=0.5
+    )
+    for group in expected:
+        for name_in_model, p in module.model.named_parameters():
+            if any(p is other for other in group["params"]):
+                assert found[f"model.{name_in_model}"] == (group["lr_scale"], group["weight_decay"]), name_in_model
+    if name is None:
+        assert found["model.position"] == (0.5**4, 0.0)
+        assert found["model.head.weight"] == (1.0, 0.3)
+        assert found["model.backbone.blocks.0.ffn.segments.0.keys"] == (0.5**3, 0.3)
+        grow(module.model, ffn=3000)
+        assert len(module.param_groups()) == len(groups)
+        module.old_lr_scale = 0.1
+        module.growths = [{"new": ["backbone.blocks.0.ffn.segments.1.keys"]}]
+        rates = {n: group["lr_scale"] for group in module.param_groups() for n, _ in group["params"]}
+        assert rates["model.backbone.blocks.0.ffn.segments.1.keys"] == 0.5**3
+        assert rates["model.backbone.blocks.0.ffn.segments.0.keys"] == pytest.approx(0.1 * 0.5**3)
+
+
+def test_layer_decay_needs_a_model_that_names_its_layers():
+    module = LanguageModule(LMConfig(**SMALL), OptimConfig(layer_decay=0.5))
+    module.configure_model()
+    with pytest.raises(ValueError, match="layer_decay=0.5"):
+        module.param_groups()
 
 
 def test_adamw_has_the_published_numbers():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tokenformer import LMConfig, Pattention, TokenFormerLM, grow
+from tokenformer import LMConfig, Pattention, TokenFormerLM, TokenFormerViT, ViTConfig, grow
 from tokenformer.growth import anneal_taus, append_tokens, plan_growth, why_not_exact, widen
 
 TINY = {"vocab_size": 100, "depth": 2, "dim": 32, "num_heads": 4, "qkv_tokens": 16, "proj_tokens": 24, "ffn_tokens": 64}
@@ -243,6 +243,20 @@ def test_widening_a_baseline_keeps_its_function(variant, factor):
     wide.loss(ids[:, :-1], ids[:, 1:]).backward()
     gradient = hidden.grad.unflatten(0, (factor, -1))
     assert not torch.allclose(gradient[0], gradient[1], rtol=0.05)  # the copies part
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_widening_an_image_baseline_keeps_its_function(pool):
+    sizes = {"depth": 2, "dim": 32, "num_heads": 4, "image_size": 16, "patch_size": 4, "num_classes": 7}
+    model = trained_a_little(TokenFormerViT(ViTConfig(**sizes, pool=pool, baseline="width"))).double()
+    images = torch.randn(2, 3, 16, 16).double()
+    wide = widen(model, 3)
+    torch.testing.assert_close(wide(images), model(images), rtol=1e-12, atol=1e-12)
+    assert wide.num_params() == wide.config.num_params() > 8 * model.num_params()
+    with pytest.raises(ValueError, match="sincos"):
+        widen(TokenFormerViT(ViTConfig(**sizes, baseline="width", position="sincos")), 2)
+    with pytest.raises(ValueError, match="Linear is not a baseline"):
+        widen(torch.nn.Linear(2, 2), 2)
 
 
 def test_widening_refuses_what_it_cannot_do():

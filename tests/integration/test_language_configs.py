@@ -1,0 +1,114 @@
+"""Every file of configs/language/: parsed by the command line, run on a shrunken model, counted on meta."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+import tokenizers
+import torch
+
+from lit_modules.cli import main
+from tests.integration.configs import CONFIGS, configs, given, growth_of, run_shrunken
+from tokenformer import LMConfig, TokenFormerLM
+
+FOLDER = CONFIGS / "language"
+
+# facts: paper table 9, the released configs, the Transformers of table 6. Millions of parameters, to the digits given.
+PUBLISHED = {
+    "pile-150m": "151.9",
+    "pile-450m": "454.2",
+    "pile-900m": "903.3",
+    "pile-1.5b": "1587",
+    "openwebtext-124m": "123.6",
+    "openwebtext-354m": "354.2",
+    "openwebtext-757m": "753.8",
+    "openwebtext-1.4b": "1309.7",
+    "openwebtext2-354m": "353.5",
+    "openwebtext2-757m": "756.2",
+    "openwebtext-124m-transformer": "123.6",
+    "openwebtext-354m-transformer": "353.5",
+    "openwebtext-757m-transformer": "756.7",
+    "openwebtext-1.4b-transformer": "1311",
+    "openwebtext2-354m-transformer": "353.5",
+    "openwebtext2-757m-transformer": "756.7",
+}
+# The Transformers of the Pile models' depth and width were not published: 12 L d^2, embedding and final norm.
+PILE_TWINS = {"150m": (12, 768), "450m": (24, 1024), "900m": (32, 1280), "1.5b": (40, 1536)}
+for size, (depth, dim) in PILE_TWINS.items():
+    PUBLISHED[f"pile-{size}-transformer"] = f"{(12 * depth * dim**2 + 50304 * dim + 2 * dim) / 1e6:.2f}"
+
+TOKENS_PER_STEP = {"pile": 1024 * 2048, "openwebtext": 512 * 1024, "openwebtext2": 512 * 1024}
+
+# Small, and on whatever machine this is. The rest of the file stays as it is.
+SHRINK = """
+model: {init_args: {config: {depth: 2, dim: 32, num_heads: 2, qkv_tokens: 64, proj_tokens: 64, ffn_tokens: 128},
+  optim: {warmup_steps: 1}, compile: false}}
+data: {init_args: {source: SOURCE, tokenizer: bytes, streaming: false, val_fraction: 0.05, cache_dir: CACHE,
+  seq_len: 32, batch_size: 2}}
+trainer: {accelerator: cpu, devices: 1, strategy: auto, precision: 32-true, accumulate_grad_batches: 1,
+  enable_progress_bar: false, val_check_interval: 2, limit_val_batches: 2}
+"""
+
+
+@pytest.mark.parametrize("path", configs("language"), ids=lambda path: path.stem)
+def test_config_runs_on_a_shrunken_model(path, corpus, tmp_path):
+    shrink = SHRINK.replace("SOURCE", str(corpus[0])).replace("CACHE", str(tmp_path / "tokens"))
+    saved, asked = given(run_shrunken(path, shrink, tmp_path) / "config.yaml"), given(path)
+    assert saved["model"]["init_args"]["optim"]["lr"] == asked["model"]["init_args"]["optim"]["lr"]
+
+
+def model_config(path, vocab_size):
+    asked = given(path)
+    config = asked["model"]["init_args"]["config"] | {"max_seq_len": asked["data"]["init_args"]["seq_len"]}
+    return LMConfig(**config, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    path = FOLDER / f"{name}.yaml"
+    config = model_config(path, vocab_size=50277)
+    assert config.padded_vocab_size == 50304
+    with torch.device("meta"):
+        model = TokenFormerLM(config)
+    assert model.num_params() == config.num_params()
+    published = PUBLISHED[name]
+    digits = len(published.partition(".")[2])
+    assert f"{model.num_params() / 1e6:.{digits}f}" == published
+
+    asked = given(path)
+    data, trainer = asked["data"]["init_args"], asked["trainer"]
+    batch = data["batch_size"] * data["seq_len"] * trainer["devices"] * trainer["accumulate_grad_batches"]
+    assert batch == TOKENS_PER_STEP[name.partition("-")[0]]
+    assert config.init == "official"
+    assert config.scale == "fixed"
+
+
+def test_every_published_config_is_tested():
+    ours = {f"{name}{twin}" for name in ("quickstart", "wikitext-2") for twin in ("", "-transformer")}
+    assert {path.stem for path in configs("language")} == set(PUBLISHED) | ours | {"openwebtext-growth"}
+
+
+def test_the_published_series_is_planned_with_its_sizes(tmp_path, capsys):
+    """facts: 123.6, 354.2, 753.8, 1309.7 M parameters; 314.6 B tokens and three times 31.5 B."""
+    words = {f"w{i}": i for i in range(50276)} | {"<|endoftext|>": 50276}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = FOLDER / "openwebtext-growth.yaml"
+    table = tmp_path / "plan.csv"
+    options = ["--data.tokenizer", str(tmp_path / "tokenizer.json"), "--out", str(table)]
+    main(["plan", "--config", str(config), *options])
+    rows = list(csv.DictReader(table.open()))
+    assert [f"{int(row['params']) / 1e6:.1f}" for row in rows] == ["123.6", "354.2", "753.8", "1309.7", "1309.7"]
+    assert [f"{int(row['training_tokens']) / 1e9:.1f}" for row in rows[:4]] == ["314.6", "31.5", "31.5", "31.5"]
+    assert [row["tokens_per_layer"] for row in rows[:2]] == ["576/576/2304", "2140/2140/8560"]
+    assert all(int(row["ddp_total_bytes"]) < 80e9 for row in rows)  # as its header says
+    assert "marginal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["quickstart", "wikitext-2"])
+def test_our_own_twins_have_equal_parameters(name):
+    ours, twin = (model_config(FOLDER / f"{name}{end}.yaml", 257) for end in ("", "-transformer"))
+    for stage in growth_of(FOLDER / f"{name}.yaml").get("stages", []):  # the size that it ends with
+        ours = replace(ours, **{f"{kind}_tokens": stage[kind] for kind in ("qkv", "proj", "ffn")})
+    assert ours.num_params() - 5 * ours.depth == twin.num_params()  # one learned tau per Pattention
+    assert (ours.depth, ours.dim) == (twin.depth, twin.dim)

@@ -1,0 +1,322 @@
+"""The command line on images: what a run writes, that it resumes and grows exactly, that its numbers are timm's."""
+
+import csv
+import json
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from pyarrow.parquet import read_table
+from timm.data import create_dataset, create_loader
+from timm.utils import AverageMeter, accuracy
+from torch.nn import functional as F
+
+from datamodules.images import ImageDataModule
+from lit_modules.cli import main
+from lit_modules.vision import VisionModule
+from tests.integration.growing import checkpoint_of, difference, fit
+from tests.integration.processes import run_in_processes
+from tests.integration.test_training import rows
+from tokenformer import TokenFormerViT
+
+GROWTH = {"class_path": "GrowParameterTokens", "init_args": {"stages": [{"at_step": 6, "factor": 2.0}]}}
+TINY = {
+    "model": {
+        "class_path": "VisionModule",
+        "init_args": {
+            "config": {
+                "image_size": 16,
+                "patch_size": 8,
+                "depth": 2,
+                "dim": 32,
+                "num_heads": 2,
+                "qkv_tokens": 16,
+                "proj_tokens": 16,
+                "ffn_tokens": 32,
+                "drop_path": 0.2,
+            },
+            "optim": {"lr": 1e-3, "warmup_steps": 1},
+        },
+    },
+    "data": {"class_path": "ImageDataModule", "init_args": {"image_size": 16, "batch_size": 4, "num_workers": 0}},
+    "trainer": {
+        "max_steps": 8,
+        "log_every_n_steps": 1,
+        "val_check_interval": 4,
+        "check_val_every_n_epoch": None,
+        "accelerator": "cpu",
+        "devices": 1,
+        "enable_progress_bar": False,
+    },
+    "checkpoint": {"every_n_train_steps": 1, "save_top_k": -1},
+    "best": {"monitor": "val/top1", "mode": "max"},
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of three classes, 30 images to train on and 23 to validate: dark, middling, bright."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for split, sizes in (("train", (10, 10, 10)), ("val", (8, 8, 7))):
+        for label, (name, count) in enumerate(zip(("bright", "dark", "grey"), sizes, strict=True)):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                noise = torch.randint(0, 100, (20, 24, 3), generator=generator)
+                pixels = (noise + (150, 0, 75)[label]).to(torch.uint8).numpy()
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def write(folder, images, callbacks=(), **data):
+    config = json.loads(json.dumps(TINY))
+    config["data"]["init_args"] |= {"source": str(images)} | data
+    config["trainer"]["callbacks"] = list(callbacks)
+    path = folder / "images.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, images):
+    """(config, run folder) of a run that has grown and learned."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write(folder, images, [GROWTH, {"class_path": "LossCurve"}])
+    main(fit(config, folder / "run", "--trainer.max_steps=40", "--trainer.val_check_interval=20"))
+    return config, folder / "run"
+
+
+def test_a_run_learns_and_writes_its_logs_and_pictures(trained):
+    _, run = trained
+    assert {"loss.png", "batch.png", "growth.csv", "metrics.csv"} <= {path.name for path in run.iterdir()}
+    assert rows(run, "val/top1")[-1][1] > 0.8
+    assert rows(run, "val/top5")[-1][1] == 1  # of three classes
+    assert rows(run, "train/images")[-1] == (39, 160)
+    assert rows(run, "train/tokens")[-1] == (39, 160 * 5)  # four patches and the class token
+    seconds, speed = rows(run, "train/seconds"), rows(run, "train/images_per_second")
+    assert speed[1][1] == pytest.approx(4 / (seconds[1][1] - seconds[0][1]), rel=1e-3)
+    assert all(0 < share < 1 for _, share in rows(run, "train/data_wait"))
+    flops = dict(rows(run, "train/flops"))
+    config = VisionModule.load_from_checkpoint(checkpoint_of(run, 3)).model.config
+    assert flops[0] == 3 * 4 * config.flops_per_image()
+    assert flops[39] - flops[38] > flops[1] - flops[0]
+
+
+# Everything that draws random numbers or carries state at once: augmentation, mixing, drop path, average, growth.
+AT_ONCE = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9", "--trainer.accumulate_grad_batches=2"]
+RESUMED = {
+    "plain": ([], {}),
+    "all at once": (AT_ONCE, {"mixup": 0.8, "cutmix": 1.0, "rand_augment": "rand-m9-mstd0.5", "num_workers": 1}),
+    "layer decay, recomputed": (["--model.optim.layer_decay=0.7", "--model.checkpoint_activations=true"], {}),
+}
+
+
+@pytest.mark.parametrize(("options", "data"), RESUMED.values(), ids=RESUMED)
+def test_resumed_equals_uninterrupted(images, tmp_path, options, data):
+    config = write(tmp_path, images, [GROWTH], **data)
+    main(fit(config, tmp_path / "whole", *options))
+    for step in (3, 6, 7):
+        run = tmp_path / f"from-{step}"
+        main(fit(config, run, *options, resume=checkpoint_of(tmp_path / "whole", step)))
+        assert difference(tmp_path / "whole", run, 8) == 0, step
+        for column in ("train/loss", "train/images", "train/flops", "val/loss", "val/raw_loss", "val/raw_top1"):
+            later = [pair for pair in rows(tmp_path / "whole", column) if pair[0] >= step]
+            assert rows(run, column) == later, column
+    assert bool(rows(tmp_path / "whole", "val/raw_top1")) == ("EMA" in str(options))
+
+
+def test_average_and_weights_are_validated_side_by_side(images, tmp_path):
+    config = write(tmp_path, images)
+    callbacks = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.99", "--trainer.callbacks.warmup=false"]
+    main(fit(config, tmp_path / "both", *callbacks, "--trainer.max_steps=4"))
+    main(fit(config, tmp_path / "without", "--trainer.max_steps=4"))
+    assert rows(tmp_path / "both", "val/raw_loss") == rows(tmp_path / "without", "val/loss")
+    assert rows(tmp_path / "both", "val/loss") != rows(tmp_path / "both", "val/raw_loss")
+    saved = torch.load(checkpoint_of(tmp_path / "both", 4), weights_only=True)
+    plain = torch.load(checkpoint_of(tmp_path / "without", 4), weights_only=True)
+    for name, tensor in plain["state_dict"].items():
+        assert torch.equal(saved["current_model_state"][name], tensor), name
+
+
+def evaluated_as_timm_does(model, source, size, crop_pct):
+    """timm's validate loop: its data set, loader and accuracy; (top1, top5, loss, probabilities of each file)."""
+    dataset = create_dataset("", root=str(source / "val"))
+    loader = create_loader(
+        dataset, (3, size, size), 16, use_prefetcher=False, interpolation="bicubic", crop_pct=crop_pct, num_workers=0
+    )
+    meters = [AverageMeter() for _ in range(3)]
+    probabilities = []
+    model.eval()
+    with torch.no_grad():
+        for inputs, targets in loader:
+            logits = model(inputs)
+            probabilities += logits.softmax(-1).tolist()
+            found = (*accuracy(logits, targets, topk=(1, min(5, logits.shape[1]))), F.cross_entropy(logits, targets))
+            for meter, value in zip(meters, found, strict=True):
+                meter.update(value.item(), len(inputs))
+    return *(meter.avg for meter in meters), dict(zip(dataset.filenames(absolute=True), probabilities, strict=True))
+
+
+@pytest.mark.parametrize("timm_model", [None, "test_vit", "test_resnet"])
+def test_numbers_are_those_of_timms_evaluation(shared_data, tmp_path, caplog, timm_model):
+    """1,000 real images of 20 classes, greyscale ones among them; any timm model trains and evaluates alike."""
+    source = shared_data / "images" / "tiny-imagenet-20"
+    config = write(tmp_path, source, image_size=32, batch_size=64, crop_pct=0.9)
+    name = [f"--model.timm_model={timm_model}"] if timm_model else []
+    size = ["--model.config.image_size=32", "--trainer.limit_val_batches=2"]
+    main(fit(config, tmp_path / "run", *name, *size, "--trainer.max_steps=4"))
+    checkpoint = checkpoint_of(tmp_path / "run", 4)
+    command = ["--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", str(checkpoint)]
+    main(["validate", *command, "--trainer.limit_val_batches=1.0", "--run_dir", str(tmp_path / "validated")])
+    main(["predict", *command, "--run_dir", str(tmp_path / "predicted")])
+
+    module = VisionModule.load_from_checkpoint(checkpoint)
+    if timm_model:
+        model = timm.create_model(timm_model, num_classes=20, **({"img_size": 32} if "vit" in timm_model else {}))
+        model.load_state_dict(module.model.state_dict())
+    else:
+        model = module.model
+        assert isinstance(model, TokenFormerViT)
+    top1, top5, loss, probabilities = evaluated_as_timm_does(model, source, 32, 0.9)
+    (row,) = csv.DictReader((tmp_path / "validated" / "results.csv").open())
+    assert float(row["top1"]) == pytest.approx(top1, abs=1e-3)
+    assert float(row["top1_err"]) == pytest.approx(100 - top1, abs=1e-3)
+    assert float(row["top5"]) == pytest.approx(top5, abs=1e-3)
+    assert (row["count"], row["img_size"], row["crop_pct"], row["interpolation"]) == ("1000", "32", "0.9", "bicubic")
+    assert row["model"] == (timm_model or "images")
+    assert float(row["param_count"]) == round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+    assert f"top1 {row['top1']}, " in caplog.text
+    assert rows(tmp_path / "validated", "val/loss")[-1][1] == pytest.approx(loss, rel=1e-4)
+    predicted = read_table(tmp_path / "predicted" / "predictions.parquet").to_pylist()
+    assert len(predicted) == 1000
+    names = ImageDataModule(str(source)).class_names
+    for image in predicted:
+        expected = probabilities[image["file"]]
+        assert image["probabilities"] == pytest.approx(sorted(expected, reverse=True)[:5], abs=1e-5)
+        assert image["top5"][0] == image["label"]
+        assert expected[names.index(image["label"])] == pytest.approx(max(expected), abs=1e-5)
+        assert image["target"] == image["file"].split("/")[-2]
+
+
+def test_results_of_several_evaluations_go_into_one_file(trained, tmp_path):
+    config, run = trained
+    for step in (3, 40):
+        folder = ["--trainer.default_root_dir", str(tmp_path), "--name", "shapes"]
+        main(["validate", "--config", str(config), "--ckpt_path", str(checkpoint_of(run, step)), *folder])
+    found = list(csv.DictReader((tmp_path / "shapes" / "results.csv").open()))
+    assert [row["model"] for row in found] == ["shapes", "shapes"]
+    assert [row["count"] for row in found] == ["23", "23"]
+    assert float(found[0]["top1"]) < float(found[1]["top1"])
+    assert float(found[0]["param_count"]) < float(found[1]["param_count"])  # grown in between
+
+
+def test_an_image_that_is_left_out_is_noticed(trained, tmp_path, monkeypatch):
+    config, run = trained
+    monkeypatch.setattr(ImageDataModule, "num_images", lambda self, split: 24)
+    command = ["validate", "--config", str(config), "--ckpt_path", str(checkpoint_of(run, 40))]
+    with pytest.raises(RuntimeError, match="23 images were evaluated, the split has 24"):
+        main([*command, "--run_dir", str(tmp_path / "run")])
+
+
+def test_mistakes_are_drawn(images, tmp_path):
+    config = write(tmp_path, images)
+    main(fit(config, tmp_path / "run", "--trainer.max_steps=2", "--trainer.val_check_interval=1"))
+    assert rows(tmp_path / "run", "val/top1")[-1][1] < 1
+    picture = Image.open(tmp_path / "run" / "mistakes.png")
+    assert len(picture.convert("L").getcolors()) > 50
+
+
+def test_predicting_images_without_labels(trained, images, tmp_path):
+    config, run = trained
+    command = ["predict", "--config", str(config), "--ckpt_path", str(checkpoint_of(run, 40))]
+    main([*command, "--data.predict_source", str(images / "train" / "dark"), "--run_dir", str(tmp_path / "run")])
+    predicted = read_table(tmp_path / "run" / "predictions.parquet").to_pylist()
+    assert [row["target"] for row in predicted] == [None] * 10
+    assert [row["file"] for row in predicted] == sorted(str(path) for path in (images / "train" / "dark").iterdir())
+    assert sum(row["label"] == "dark" for row in predicted) >= 8
+
+
+def test_the_batch_size_rule(images, tmp_path):
+    """4 images x 2 batches a step, of the 256 that the rate is meant for."""
+    config = write(tmp_path, images)
+    rule = ["--model.optim.lr_batch=256", "--model.optim.schedule=constant", "--model.optim.lr=0.1"]
+    main(fit(config, tmp_path / "run", *rule, "--trainer.accumulate_grad_batches=2", "--trainer.max_steps=4"))
+    assert rows(tmp_path / "run", "train/lr")[-1][1] == pytest.approx(0.1 * 8 / 256)
+
+
+def test_a_file_grows_and_trains_on(trained, images, tmp_path):
+    config, run = trained
+    main(["grow", str(checkpoint_of(run, 3)), "--factor", "2", "--out", str(tmp_path / "grown.ckpt")])
+    grown = VisionModule.load_from_checkpoint(tmp_path / "grown.ckpt").model
+    before = VisionModule.load_from_checkpoint(checkpoint_of(run, 3)).model
+    probe = torch.randn(2, 3, 16, 16)
+    assert grown.num_params() > before.num_params()
+    assert torch.allclose(grown.eval()(probe), before.eval()(probe), atol=1e-6)
+    config = write(tmp_path, images)
+    main(fit(config, tmp_path / "run", resume=tmp_path / "grown.ckpt"))
+    assert rows(tmp_path / "run", "train/loss")[0][0] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.timm_model=vit_bsae_patch16"], "timm has no such model"),
+        (["--model.timm_model=test_vit", "--model.timm_args={foo: 1}"], "foo"),
+        (["--data.image_size=20"], "data.image_size=20 is not a whole number of patches"),
+        (["--model.label_smoothing=1.5"], "label_smoothing=1.5"),
+    ],
+)
+def test_what_is_refused(images, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        main(fit(write(tmp_path, images), tmp_path / "run", *options))
+
+
+def test_a_timm_model_does_not_grow(images, tmp_path):
+    with pytest.raises(ValueError, match="no Pattention"):
+        main(fit(write(tmp_path, images, [GROWTH]), tmp_path / "run", "--model.timm_model=test_vit"))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, images):
+    """Runs of two processes: DDP, FSDP2 with an average and a timm model; and DDP's validation."""
+    folder = tmp_path_factory.mktemp("two")
+    config = write(folder, images, [GROWTH])
+    shared = ["--trainer.devices=2", "--data.batch_size=2", "--model.config.drop_path=0"]
+    ema = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
+    whole = ["--trainer.strategy=FSDP2", "--trainer.strategy.save_distributed_checkpoint=false"]
+    plain = write(folder, images).rename(folder / "plain.yaml")
+    config = write(folder, images, [GROWTH])
+    run_in_processes(
+        [
+            fit(config, folder / "ddp", *shared, "--trainer.strategy=ddp", "--trainer.precision=64-true"),
+            fit(config, folder / "fsdp", *shared, *whole, *ema),
+            fit(plain, folder / "timm", *shared, *whole, "--model.timm_model=test_vit", "--trainer.max_steps=2"),
+            [
+                *["validate", "--config", str(config), "--run_dir", str(folder / "validated"), *shared],
+                *[
+                    "--trainer.strategy=ddp",
+                    "--trainer.precision=64-true",
+                    "--ckpt_path",
+                    str(checkpoint_of(folder / "ddp", 8)),
+                ],
+            ],
+        ]
+    )
+    return folder
+
+
+def test_two_processes_train_and_count_as_one(two_processes, images, tmp_path):
+    config = write(tmp_path, images, [GROWTH])
+    precise, average = ["--trainer.precision=64-true"], ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
+    for name, options, tolerance in (("ddp", precise, 1e-10), ("fsdp", average, 1e-3)):  # Adam enlarges roundings
+        main(fit(config, tmp_path / name, "--model.config.drop_path=0", *options))
+        assert difference(tmp_path / name, two_processes / name, 8) < tolerance
+        for column in ("val/loss", "val/top1", "val/top5", "val/raw_loss", "val/raw_top1"):
+            alone, both = (dict(rows(run, column)) for run in (tmp_path / name, two_processes / name))
+            assert both == pytest.approx(alone, rel=1e-4), column
+    (row,) = csv.DictReader((two_processes / "validated" / "results.csv").open())
+    assert row["count"] == "23"  # 12 of one process and 11 of the other
+    assert float(row["top1"]) == pytest.approx(100 * rows(tmp_path / "ddp", "val/top1")[-1][1], abs=1e-3)
+    assert len(rows(two_processes / "timm", "train/loss")) == 2
