@@ -1,11 +1,12 @@
-# make quickstart: set up, then train a TokenFormer on real text (two minutes).   make test: set up, then run all tests.
+# make quickstart: set up, then train a TokenFormer on real text (two minutes); quickstart-vision: on images (one).
+# make test: set up, then run all tests.
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG := configs/language/quickstart.yaml
 
-.PHONY: help setup quickstart test lint types bench clean
+.PHONY: help setup quickstart quickstart-vision test lint types bench clean
 help:
-	@sed -n '1s/^# //p' Makefile
+	@sed -n '1,2s/^# //p' Makefile
 	@echo "also: make lint | types | bench | clean"
 
 setup: .venv/done
@@ -17,6 +18,9 @@ setup: .venv/done
 
 quickstart: setup
 	$(BIN)/tokenformer fit --config $(CONFIG)
+
+quickstart-vision: setup
+	$(BIN)/tokenformer fit --config configs/vision/quickstart.yaml
 
 test: setup
 	$(BIN)/python -m pytest
@@ -32,6 +36,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.operator
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.images
 
 clean:
 	rm -rf .venv runs data *.egg-info

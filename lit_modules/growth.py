@@ -25,16 +25,20 @@ class Plateau:
     """A metric that no longer gets better.
 
     Attributes:
-        monitor: name of a logged metric that should fall.
+        monitor: name of a logged metric.
+        mode: min for one that should fall, max for one that should rise, such as val/top1.
         patience: validations without a new best.
         min_delta: what a new best must be better by.
     """
 
     monitor: str = "val/loss"
+    mode: Literal["min", "max"] = "min"
     patience: int = 3
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"on_plateau.mode={self.mode!r}: choose min or max")
         if self.patience < 1:
             raise ValueError(f"on_plateau.patience={self.patience}: must be at least 1 validation")
         if not self.min_delta >= 0:

@@ -214,7 +214,7 @@ class GrowParameterTokens(Callback):
                 f"on_plateau.monitor={plateau.monitor!r} is not logged: "
                 f"choose one of {', '.join(sorted(trainer.callback_metrics))}"
             )
-        value = float(trainer.callback_metrics[plateau.monitor])
+        value = float(trainer.callback_metrics[plateau.monitor]) * (1 if plateau.mode == "min" else -1)
         if trainer.sanity_checking:
             return
         if value < self._best - plateau.min_delta:

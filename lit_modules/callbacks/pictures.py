@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid, save_image
 
@@ -68,6 +68,12 @@ class Pictures(Callback):
         figure.savefig(Path(trainer.default_root_dir) / "mistakes.png")
         for board in _boards(trainer):
             board.add_figure("val/mistakes", figure, trainer.global_step)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        picture = Path(trainer.default_root_dir) / "mistakes.png"
+        if picture.exists():
+            rank_zero_info(f"worst mistakes: {picture}")
 
 
 def _boards(trainer: Trainer) -> list[Any]:

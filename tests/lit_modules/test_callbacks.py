@@ -9,10 +9,13 @@ import torch
 from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from lit_modules.callbacks import EMA, Throughput
+from lit_modules.callbacks import EMA, GrowParameterTokens, Throughput
 from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole
 from lit_modules.hardware import peak_flops
 from lit_modules.loggers import ResumableCSVLogger
+from lit_modules.optim import OptimConfig
+from lit_modules.vision import VisionModule
+from tokenformer import ViTConfig
 
 
 class Counter(LightningModule):
@@ -147,6 +150,17 @@ def test_growth_is_not_training_time(monkeypatch):
     assert [row["train/stage"] for row in logged] == [0, 1]
     assert [row["train/stage_tokens"] for row in logged] == [100, 100]
     assert [row["train/stage_flops"] for row in logged] == [1, 1]
+
+
+@pytest.mark.parametrize(("mode", "validations_since"), [("max", 0), ("min", 2)])
+def test_an_accuracy_that_rises_is_no_plateau(mode, validations_since):
+    stage = {"on_plateau": {"monitor": "val/top1", "mode": mode, "patience": 9}, "factor": 2.0}
+    growth = GrowParameterTokens([stage])
+    module = VisionModule(ViTConfig(num_classes=10), OptimConfig())
+    for accuracy in (0.1, 0.2, 0.3):
+        metrics = {"val/top1": torch.tensor(accuracy)}
+        growth.on_validation_end(SimpleNamespace(callback_metrics=metrics, sanity_checking=False), module)
+    assert growth.state_dict()["bad"] == validations_since
 
 
 def log_steps(folder, steps, **extra):
