@@ -158,11 +158,11 @@ def _block(block: Block, rotary: bool, T: int, wide: int, narrow: int) -> tuple[
     for layer in (attention.query, attention.key, attention.value, block.ffn, attention.out):
         num_operators = 1
         if isinstance(layer, Pattention):
-            groups = [(sum(s.num_tokens for s in group), len(group)) for group in layer.norm_groups()]
-            num_operators = len(groups)
-            for N, segments in groups:
+            counts = [sum(segment.num_tokens for segment in group) for group in layer.norm_groups()]
+            num_operators = len(counts)
+            for N in counts:
                 kept += T * narrow * (SCORE_BUFFERS[layer.score_norm] * N + 1)  # and a factor for each row
-                kept += 2 * N * D * narrow if mixed or segments > 1 else 0  # cast or concatenated, tokens are copies
+                kept += mixed * 2 * N * D * narrow  # copies of the tokens
                 widest = max(widest, N)
         elif isinstance(layer, MLP):
             widest = layer.up.out_features

@@ -8,7 +8,7 @@ Shapes: T input tokens, D channels (D_in, D_out), N parameter tokens. Every matr
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -58,12 +58,18 @@ def pattention(
     """
     if score_norm not in WEIGHT_SECOND_MOMENT:
         raise ValueError(f"score_norm={score_norm!r}: choose one of {', '.join(WEIGHT_SECOND_MOMENT)}")
-    if scale is None:
-        scale = default_tau(keys.shape[0], score_norm)
+    return _attend(x, [keys], [values], default_tau(len(keys), score_norm) if scale is None else scale, score_norm)
+
+
+def _attend(
+    x: Tensor, keys: list[Tensor], values: list[Tensor], scale: Tensor | float, score_norm: ScoreNorm
+) -> Tensor:
+    """:func:`pattention` to parameter tokens in several segments, which are normalised together."""
     if (dtype := autocast_dtype(x.device)) is None:
-        return _pattention(x, keys, values, scale, score_norm)
+        return _attend_as_given(x, keys, values, scale, score_norm)
     with torch.autocast(x.device.type, enabled=False):  # the operator chooses its own precisions
-        return _pattention(x.to(dtype), keys.to(dtype), values.to(dtype), scale, score_norm)
+        keys, values = ([tokens.to(dtype) for tokens in segments] for segments in (keys, values))
+        return _attend_as_given(x.to(dtype), keys, values, scale, score_norm)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -73,20 +79,30 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def _pattention(x: Tensor, keys: Tensor, values: Tensor, scale: Tensor | float, score_norm: ScoreNorm) -> Tensor:
+def _attend_as_given(
+    x: Tensor, keys: list[Tensor], values: list[Tensor], scale: Tensor | float, score_norm: ScoreNorm
+) -> Tensor:
     if score_norm == "l2_norm_gelu":
         tau = scale if isinstance(scale, Tensor) else torch.full((1,), scale, dtype=torch.float64, device=x.device)
         x_TD = x.reshape(-1, x.shape[-1])
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, keys, values, tau))
-        out_TD = _L2NormGELU.apply(x_TD, keys, values, tau) if needs_grad else _forward(x_TD, keys, values, tau)[0]
-        return out_TD.view(*x.shape[:-1], values.shape[-1])
-    scores = x @ keys.T  # (..., N)
+        if torch.compiler.is_compiling():  # writing to columns of a buffer would break its graph
+            keys, values = [_joined(keys)], [_joined(values)]
+        tensors = (x_TD, tau, *keys, *values)
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        out_TD = _L2NormGELU.apply(*tensors) if needs_grad else _forward(x_TD, tau, keys, values)[0]
+        return out_TD.view(*x.shape[:-1], out_TD.shape[-1])
+    scores = x @ _joined(keys).T  # (..., N)
     if score_norm == "softmax":
         weights = scores.softmax(-1) * scale  # subtracts the row's maximum, so it can't overflow
     else:
         weights = F.gelu(scores)
         weights = weights * _row_factor(weights, scale)
-    return weights.to(values.dtype) @ values
+    joined = _joined(values)
+    return weights.to(joined.dtype) @ joined
+
+
+def _joined(segments: list[Tensor]) -> Tensor:
+    return segments[0] if len(segments) == 1 else torch.cat(segments)
 
 
 def _row_factor(rows: Tensor, scale: Tensor | float) -> Tensor:
@@ -99,26 +115,38 @@ def _row_factor(rows: Tensor, scale: Tensor | float) -> Tensor:
     return torch.where(norm > 0, scale / torch.where(norm > 0, norm, 1), 0)
 
 
-def _forward(x: Tensor, keys: Tensor, values: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, tau: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """(out (T, D_out), z (T, N) the GELU's input, factor (T, 1) = tau / |A|). Allocates one T x N buffer, z."""
-    T, N = x.shape[0], keys.shape[0]
-    z, out, factor = x.new_empty(T, N), x.new_empty(T, values.shape[1]), x.new_empty(T, 1)
+    sizes = [len(segment) for segment in keys]
+    T, N = x.shape[0], sum(sizes)
+    z, out, factor = x.new_empty(T, N), x.new_empty(T, values[0].shape[1]), x.new_empty(T, 1)
     # On the CPU a block of rows stays in the cache, and its GELU in memory that the allocator hands out again.
     in_blocks = x.device.type == "cpu" and not torch.compiler.is_compiling()
     num_blocks = max(1, -(-T * N // CPU_BLOCK)) if in_blocks else 1
     blocks = (t.tensor_split(num_blocks) for t in (x, z, out, factor))
     for x_block, z_block, out_block, factor_block in zip(*blocks, strict=True):
-        torch.mm(x_block, keys.T, out=z_block)
+        for segment, scores in zip(keys, z_block.split(sizes, dim=1), strict=True):
+            torch.mm(x_block, segment.T, out=scores)
         # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU. The clamp keeps
         # the factor of a tiny row finite in float16.
         factor_block.copy_(_row_factor(z_block, tau).clamp_max(torch.finfo(z.dtype).max))
         z_block.mul_(factor_block)
-        torch.mm(F.gelu(z_block), values, out=out_block)
+        _sum_of_products(F.gelu(z_block).split(sizes, dim=1), values, out_block)
     return out, z, factor
+
+
+def _sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], out: Tensor) -> Tensor:
+    """Write sum_i left_i @ right_i to `out`."""
+    for i, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        torch.addmm(out, left, right, beta=min(i, 1), out=out)
+    return out
 
 
 class _L2NormGELU(torch.autograd.Function):
     """The fused operator. Keeps one T x N buffer (z) for the backward pass; GELU is computed again from it.
+
+    Keys and values come in segments, all keys and then all values; each has its columns of that buffer, so that
+    nothing is concatenated.
 
     Backward (paper, App. A): with z = tau A / |A|, g = dL/dz and r = g . z per row,
         dL/dA = (tau / |A|) (g - z r / tau^2),    dL/dtau = sum r / tau.
@@ -126,22 +154,30 @@ class _L2NormGELU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keys: Tensor, values: Tensor, tau: Tensor) -> Tensor:
-        out, z, factor = _forward(x, keys, values, tau)
-        ctx.save_for_backward(x, keys, values, tau, z, factor)
+    def forward(ctx: Any, x: Tensor, tau: Tensor, *keys_and_values: Tensor) -> Tensor:
+        half = len(keys_and_values) // 2
+        out, z, factor = _forward(x, tau, keys_and_values[:half], keys_and_values[half:])
+        ctx.save_for_backward(x, tau, z, factor, *keys_and_values)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, keys, values, tau, z, factor = ctx.saved_tensors
-        needs_x, needs_keys, needs_values, needs_tau = ctx.needs_input_grad
-        num_tokens = keys.shape[0]
-        grad_x = grad_keys = grad_tau = None
-        weights = F.gelu(z) if needs_values else torch.empty_like(z)
-        grad_values = weights.T @ grad_out if needs_values else None
-        if needs_x or needs_keys or needs_tau:
-            grad = torch.mm(grad_out, values.T, out=weights)  # (T, N) dL/dweights, from here on changed in place
+        x, tau, z, factor, *keys_and_values = ctx.saved_tensors
+        half = len(keys_and_values) // 2
+        keys, values = keys_and_values[:half], keys_and_values[half:]
+        needs_x, needs_tau, *needs_segments = ctx.needs_input_grad
+        needs_keys, needs_values = needs_segments[:half], needs_segments[half:]
+        sizes, num_tokens = [len(segment) for segment in keys], z.shape[1]
+        grad_x = grad_tau = None
+        grad_keys: list[Tensor | None] = [None] * half
+        weights = F.gelu(z) if any(needs_values) else torch.empty_like(z)
+        columns = weights.split(sizes, dim=1)  # of the segments
+        grad_values = [c.T @ grad_out if needed else None for c, needed in zip(columns, needs_values, strict=True)]
+        if needs_x or needs_tau or any(needs_keys):
+            for segment, column in zip(values, columns, strict=True):
+                torch.mm(grad_out, segment.T, out=column)
+            grad = weights  # (T, N) dL/dweights, from here on changed in place
             torch.ops.aten.gelu_backward.grad_input(grad, z, grad_input=grad)  # dL/dz
             # r / N as a batch of dot products: no T x N temporary, and dividing by N keeps it in float16's range.
             zero = grad.new_zeros(())
@@ -151,9 +187,12 @@ class _L2NormGELU(torch.autograd.Function):
             if needs_tau:
                 grad_tau = (r.to(wide).sum() * num_tokens / tau_wide).to(tau.dtype).view_as(tau)
             grad.addcmul_(z, (r.to(wide) * (-num_tokens / tau_wide**2)).to(z.dtype))  # |A| / tau * dL/dA
-            grad_x = (grad @ keys).mul_(factor) if needs_x else None
-            grad_keys = grad.T @ (x * factor) if needs_keys else None
-        return grad_x, grad_keys, grad_values, grad_tau
+            if needs_x:
+                grad_x = _sum_of_products(columns, keys, torch.empty_like(x)).mul_(factor)
+            if any(needs_keys):
+                scaled = x * factor
+                grad_keys = [c.T @ scaled if needed else None for c, needed in zip(columns, needs_keys, strict=True)]
+        return grad_x, grad_tau, *grad_keys, *grad_values
 
 
 class _HasTau(nn.Module):
@@ -319,17 +358,16 @@ class Pattention(_HasTau):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
-        operators: list[tuple[list[Tensor], list[Tensor], Tensor | None]] = []
+        operators: list[tuple[list[Tensor], list[Tensor], Any]] = []
         for segment in self.segments:
-            keys, values, scale = segment()
+            its_keys, its_values, scale = segment()
             if scale is not None or not operators:
                 operators.append(([], [], self.scale_now() if scale is None else scale))
-            operators[-1][0].append(keys)
-            operators[-1][1].append(values)
+            operators[-1][0].append(its_keys)
+            operators[-1][1].append(its_values)
         out = None
-        for keys_of, values_of, scale in operators:
-            keys, values = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (keys_of, values_of))
-            added = pattention(x, keys, values, scale, self.score_norm)
+        for keys, values, scale in operators:
+            added = _attend(x, keys, values, scale, self.score_norm)
             out = added if out is None else out + added
         assert out is not None
         return out

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tests.conftest import ASSETS
 from tokenformer import Pattention, pattention
 from tokenformer.growth import append_tokens
-from tokenformer.pattention import WEIGHT_SECOND_MOMENT, default_tau
+from tokenformer.pattention import WEIGHT_SECOND_MOMENT, _attend, default_tau
 
 KINDS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 L2_KINDS = KINDS[:2]
@@ -120,6 +120,36 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     whole = pattention(x, keys, values)
     monkeypatch.setattr(sys.modules["tokenformer.pattention"], "CPU_BLOCK", 7 * 24)
     torch.testing.assert_close(pattention(x, keys, values), whole, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("frozen", [(), ("keys0", "values0"), ("keys1",), ("values0", "values1", "values2")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_in_segments_are_tokens_in_one(kind, frozen, autocast):
+    """Outputs and all gradients, whichever are wanted, as if the segments were joined."""
+    dtype = torch.float32 if autocast else torch.float64
+    x, keys, values = (t.detach() for t in random_inputs(dtype))
+    tau = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    parts = {f"keys{i}": part.clone() for i, part in enumerate(keys.split((7, 16, 1)))}
+    parts |= {f"values{i}": part.clone() for i, part in enumerate(values.split((7, 16, 1)))}
+    for name, part in parts.items():
+        part.requires_grad_(name not in frozen)
+    segments = list(parts.values())
+    inputs = {"x": x.requires_grad_(), "tau": tau} | {n: part for n, part in parts.items() if n not in frozen}
+    with torch.autocast("cpu", enabled=autocast):
+        apart = _attend(x, segments[:3], segments[3:], tau, kind)
+        joined = pattention(x, torch.cat(segments[:3]), torch.cat(segments[3:]), tau, kind)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(apart, joined, **tolerance)
+    weight = torch.randn_like(apart)
+    for name, a, b in zip(
+        inputs,
+        torch.autograd.grad((apart * weight).sum(), list(inputs.values())),
+        torch.autograd.grad((joined * weight).sum(), list(inputs.values())),
+        strict=True,
+    ):
+        assert a.dtype == inputs[name].dtype, name
+        torch.testing.assert_close(a, b, **tolerance, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
