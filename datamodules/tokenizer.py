@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
         """The text of token ids; what is no text is replaced."""
         ...
 
+    def save(self, path: Path) -> None:
+        """Write it as a `tokenizer.json`."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes: 256 ids and one more for the end of a text."""
@@ -40,6 +44,21 @@ class ByteTokenizer:
 
     def decode(self, ids: list[int]) -> str:  # noqa: D102
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def save(self, path: Path) -> None:
+        """Write the `tokenizer.json` of a byte-level BPE without merges, which gives the same ids."""
+        vocab = {_byte_name(i): i for i in range(256)}
+        tokenizer = HFTokenizer(models.BPE(vocab | {END_OF_TEXT: 256}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([END_OF_TEXT])
+        tokenizer.save(str(path))
+
+
+def _byte_name(byte: int) -> str:
+    """How a byte-level BPE writes a byte: printable ones as themselves, the n-th of the others as character 256 + n."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    return chr(byte if byte in printable else 256 + sum(other not in printable for other in range(byte)))
 
 
 class JSONTokenizer:

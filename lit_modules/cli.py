@@ -22,6 +22,14 @@ commands:
                                       tokenformer plan --config FILE
   grow       append parameter tokens to a checkpoint or an exported model
                                       tokenformer grow CKPT --factor 2 --out FILE
+  export     make a folder of the model in a checkpoint: safetensors, config, tokenizer, model card
+                                      tokenformer export CKPT --out DIR
+  import     make such a folder of a released TokenFormer checkpoint
+                                      tokenformer import PATH --out DIR
+  evaluate   zero-shot scores of a language model, by the lm-evaluation-harness
+                                      tokenformer evaluate CKPT --tasks hellaswag,piqa
+  generate   let a language model go on with a text
+                                      tokenformer generate CKPT --prompt TEXT
   plot       loss over steps, tokens, FLOPs and time, of one or several runs
                                       tokenformer plot RUN...
 
@@ -63,10 +71,26 @@ def main(args: list[str] | None = None) -> None:
         from lit_modules.plot import main as plot
 
         return plot(given[1:])
+    if given[0] == "evaluate":
+        from lit_modules.evaluate import main as evaluate
+
+        return evaluate(given[1:])
+    if given[0] == "generate":
+        from lit_modules.generate import main as generate
+
+        return generate(given[1:])
     if given[0] == "grow":
         from lit_modules.grow import main as grow
 
         return grow(given[1:])
+    if given[0] == "export":
+        from lit_modules.export import main as export
+
+        return export(given[1:])
+    if given[0] == "import":
+        from lit_modules.import_released import main as import_released
+
+        return import_released(given[1:])
     from lit_modules.experiment import run
 
     run(args)

@@ -189,9 +189,11 @@ class ExperimentCLI(LightningCLI):
         saved = self.config[self.config.subcommand]
         saved.run_dir = saved.ckpt_path = None
         kwargs["default_root_dir"] = run_dir
-        if config.logger in (None, True) and not config.fast_dev_run:
-            tensorboard = TensorBoardLogger(run_dir, name="", version="")
-            kwargs["logger"] = [tensorboard, ResumableCSVLogger(run_dir)]
+        if config.logger is not False and not config.fast_dev_run:
+            default = config.logger in (None, True)
+            given = [TensorBoardLogger(run_dir, name="", version="")] if default else _as_list(config.logger)
+            # First in the list, so that the config goes into the run's folder; `plot` and LossCurve read it.
+            kwargs["logger"] = [ResumableCSVLogger(run_dir), *given]
         kwargs["plugins"] = [*_as_list(config.plugins), AtomicCheckpointIO()]
         always = [Throughput(), Summary(run_dir)]
         if isinstance(self.model, VisionModule):

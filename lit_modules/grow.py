@@ -1,27 +1,31 @@
 """Append parameter tokens to a model in a file: the growth that the callback does in a running training, offline.
 
-CKPT is a checkpoint of a run, or an exported model (.safetensors). A checkpoint's optimizer state, position in the data
-and costs are carried over, so that `tokenformer fit --ckpt_path FILE` goes on from there.
+CKPT is a checkpoint of a run (one file), or the folder of an exported model. A checkpoint's optimizer state, position
+in the data and costs are carried over, so that `tokenformer fit --ckpt_path FILE` goes on from there.
 
   tokenformer grow runs/small/20260131-120000-ab12/checkpoints/step-00002000.ckpt --factor 2 --out grown.ckpt
-  tokenformer grow model.safetensors --qkv 2140 --proj 2140 --ffn 8560 --out grown.safetensors
+  tokenformer grow models/small --qkv 2140 --proj 2140 --ffn 8560 --out models/grown
 """
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage
+from lit_modules.callbacks.checkpoint import AtomicCheckpointIO
+from lit_modules.export import new_folder
 from lit_modules.growth import Recipe, Stage, describe, grow_modules
 from lit_modules.language import LanguageModule
+from lit_modules.model_card import model_card
 from lit_modules.optim import OptimConfig
+from lit_modules.saved import TOKENIZER_FILES, module_of, read_checkpoint
 from lit_modules.vision import VisionModule
-from tokenformer import TokenFormerViT
+from tokenformer import TokenFormerViT, from_pretrained, save_pretrained
 from tokenformer.growth import Init
-from tokenformer.interop import load_model, save_model
+from tokenformer.interop import CONFIG
 
 
 def grow_file(source: Path, out: Path, stage: Stage, recipe: Recipe) -> str:
@@ -30,29 +34,34 @@ def grow_file(source: Path, out: Path, stage: Stage, recipe: Recipe) -> str:
     Raises:
         ValueError: for files that can't be read or written, and for growth that is impossible.
     """
-    if not source.is_file():
-        raise ValueError(f"{source}: no such file; a sharded checkpoint (a folder) has to be made one file first")
-    if out.suffix != source.suffix:
+    exported = (source / CONFIG).is_file()
+    if source.is_dir() and not exported:
+        raise ValueError(f"{source}: a folder, but no exported model: `tokenformer export` makes one of a checkpoint")
+    if not exported and out.suffix != source.suffix:
         raise ValueError(f"--out {out}: must end in {source.suffix}, as {source.name} does")
     if out.exists():
         raise ValueError(f"--out {out} exists: choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    if source.suffix == ".safetensors":
-        model = load_model(source)
+    if exported:
+        model = from_pretrained(source)
         kind: Any = VisionModule if isinstance(model, TokenFormerViT) else LanguageModule
         module = kind(model.config, OptimConfig())
         module.install(model)
         probe = _probe(model)
         record = grow_modules([module], stage, recipe)
         assert module.model is not None
-        save_model(module.model, out)
+        with new_folder(out) as folder:
+            save_pretrained(module.model, folder)
+            copied = [shutil.copy(source / name, folder) for name in TOKENIZER_FILES if (source / name).is_file()]
+            origin = (
+                f"From `{source.name}`, whose card tells of its training, by `tokenformer grow`: {describe(record)}."
+            )
+            (folder / "README.md").write_text(model_card(module.model, out.name, origin, has_tokenizer=bool(copied)))
         return _said(record, probe, _probe(module.model), out)
-    if problem := damage(source):
-        raise ValueError(f"{source}: {problem}")
-    checkpoint = torch.load(source, "cpu", weights_only=True)
+    checkpoint = read_checkpoint(source)
     keys = [key for key in ("state_dict", "current_model_state") if key in checkpoint]  # with EMA: average, weights
-    modules = [_module(checkpoint, key) for key in keys]
+    modules = [module_of(checkpoint, key) for key in keys]
     before = [_probe(module.model) for module in modules]
     record = grow_modules(modules, stage, recipe)
     after = [_probe(module.model) for module in modules]
@@ -66,22 +75,6 @@ def grow_file(source: Path, out: Path, stage: Stage, recipe: Recipe) -> str:
         checkpoint[key] = module.state_dict()
     AtomicCheckpointIO().save_checkpoint(checkpoint, out)
     return _said(record, before[0], after[0], out)
-
-
-def _module(checkpoint: dict[str, Any], key: str) -> LanguageModule | VisionModule:
-    hyper = checkpoint["hyper_parameters"]
-    if "patch_size" in hyper["config"]:
-        if hyper["timm_model"] is not None:
-            raise ValueError(f"{hyper['timm_model']} is a timm model, without parameter tokens: it does not grow")
-        module: Any = VisionModule(hyper["config"], hyper["optim"])
-    else:
-        module = LanguageModule(hyper["config"], hyper["optim"])
-    module.configure_model()
-    module.restore_growth(checkpoint[key], checkpoint.get("growths", []))
-    dtype = next(tensor.dtype for name, tensor in checkpoint[key].items() if name.startswith("model."))
-    module.to(dtype).load_state_dict(checkpoint[key])
-    module.eval()
-    return module
 
 
 @torch.no_grad()
@@ -104,8 +97,12 @@ def main(args: list[str]) -> None:
     """The command `tokenformer grow`; its `--help` is this file's docstring."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("tokenformer grow", description=__doc__, formatter_class=layout)
-    parser.add_argument("source", type=Path, metavar="CKPT", help="a checkpoint (.ckpt) or model (.safetensors)")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write; an existing one is left alone")
+    parser.add_argument(
+        "source", type=Path, metavar="CKPT", help="a checkpoint (.ckpt), or the folder of an exported model"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the file or folder to write; an existing one is left alone"
+    )
     for kind, what in (("qkv", "query, key and value"), ("proj", "output"), ("ffn", "feed-forward")):
         parser.add_argument(f"--{kind}", type=int, metavar="N", help=f"tokens of each {what} layer afterwards")
     parser.add_argument("--factor", type=float, help="in place of counts: tokens afterwards over tokens before")

@@ -29,6 +29,8 @@ class LanguageModule(TokenFormerModule):
     Args:
         config: sizes and options of the model.
         optim: AdamW and its schedule.
+        init_from: folder of an exported or imported model to start from, in place of random weights. `config` has to
+            be of its sizes.
         compile: compile each block with torch.compile: a minute at the start, faster steps.
         checkpoint_activations: keep only each block's input for the backward pass; less memory, a third more work.
     """
@@ -41,11 +43,12 @@ class LanguageModule(TokenFormerModule):
         self,
         config: LMConfig,
         optim: OptimConfig,
+        init_from: str | None = None,
         compile: bool = False,
         checkpoint_activations: bool = False,
     ) -> None:
         # From a checkpoint they come as dictionaries, since nothing else is stored: no code runs when one is read.
-        super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim)
+        super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim, init_from)
         self.config = LMConfig(**config) if isinstance(config, dict) else config
         self.compile_blocks, self.checkpoint_activations = compile, checkpoint_activations
         self.save_hyperparameters({"config": asdict(self.config), "optim": asdict(self.optim)})

@@ -20,6 +20,7 @@ from lit_modules.loggers import is_log_step
 from lit_modules.optim import OptimConfig, adamw, check_schedule, lr_factor, param_groups, regroup
 from tokenformer.config import BackboneConfig
 from tokenformer.growth import anneal_taus, pattention_layers
+from tokenformer.interop import start_from
 
 
 class TokenFormerModule(LightningModule, ABC):
@@ -40,9 +41,9 @@ class TokenFormerModule(LightningModule, ABC):
     samples: ClassVar[str]  # what a batch consists of, for the log
     predict_option: ClassVar[str]  # what `tokenformer predict` needs, to be shown to the user
 
-    def __init__(self, optim: OptimConfig) -> None:
+    def __init__(self, optim: OptimConfig, init_from: str | None = None) -> None:
         super().__init__()
-        self.optim = optim
+        self.optim, self.init_from = optim, init_from
         self.model: Any = None
         self.growths: list[dict[str, Any]] = []
         self.lr_span: tuple[int, int] | None = None
@@ -104,7 +105,10 @@ class TokenFormerModule(LightningModule, ABC):
     def configure_model(self) -> None:
         """Build the model; here and not before, so that it is made on its device and in its precision."""
         if self.model is None:
-            self.install(self.build_model())
+            model = self.build_model()
+            if self.init_from is not None:  # a checkpoint that is resumed from comes later, and wins
+                start_from(model, self.init_from)
+            self.install(model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history."""

@@ -38,6 +38,8 @@ class VisionModule(TokenFormerModule):
             `image_size`, `in_channels` and `drop_path`.
         timm_args: further arguments of `timm.create_model`, such as {embed_dim: 96, depth: 4}.
         label_smoothing: share of a target that is spread over all classes, in training.
+        init_from: folder of an exported or imported model to start from, in place of random weights. `config` has to
+            be of its sizes.
         compile: compile each block with torch.compile: a minute at the start, faster steps.
         checkpoint_activations: keep only each block's input for the backward pass; less memory, a third more work.
 
@@ -57,11 +59,12 @@ class VisionModule(TokenFormerModule):
         timm_model: str | None = None,
         timm_args: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
+        init_from: str | None = None,
         compile: bool = False,
         checkpoint_activations: bool = False,
     ) -> None:
         # From a checkpoint they come as dictionaries, since nothing else is stored: no code runs when one is read.
-        super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim)
+        super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim, init_from)
         self.config = ViTConfig(**config) if isinstance(config, dict) else config
         self.timm_model, self.timm_args, self.label_smoothing = timm_model, timm_args or {}, label_smoothing
         self.compile_blocks, self.checkpoint_activations = compile, checkpoint_activations
@@ -69,6 +72,10 @@ class VisionModule(TokenFormerModule):
             near = get_close_matches(timm_model, timm.list_models())
             hint = f": did you mean {', '.join(near)}?" if near else ""
             raise ValueError(f"model.timm_model={timm_model!r}: timm has no such model{hint}")
+        if timm_model is not None and init_from is not None:
+            raise ValueError(
+                f"model.init_from={init_from!r}: holds no timm model; give model.timm_args checkpoint_path"
+            )
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"model.label_smoothing={label_smoothing}: must be at least 0 and below 1")
         timm_model_and_args = {"timm_model": timm_model, "timm_args": timm_args}

@@ -4,7 +4,7 @@ import tokenformer.timm_models  # noqa: F401 - puts the image models in timm's r
 from tokenformer.config import LMConfig, ViTConfig
 from tokenformer.generation import generate
 from tokenformer.growth import grow
-from tokenformer.interop import load_official
+from tokenformer.interop import from_pretrained, load_official, save_pretrained
 from tokenformer.language import TokenFormerLM
 from tokenformer.pattention import Pattention, pattention
 from tokenformer.vision import TokenFormerViT
@@ -15,8 +15,10 @@ __all__ = [
     "TokenFormerLM",
     "TokenFormerViT",
     "ViTConfig",
+    "from_pretrained",
     "generate",
     "grow",
     "load_official",
     "pattention",
+    "save_pretrained",
 ]

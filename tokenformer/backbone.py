@@ -1,6 +1,6 @@
 """The stack of pre-norm blocks that language and vision share.
 
-B batch, T sequence, D channels, H heads, K channels of a head, R rotated channels of a head.
+B batch, T sequence, S tokens of a cache, D channels, H heads, K channels of a head, R rotated channels of a head.
 """
 
 import math
@@ -48,10 +48,15 @@ def rotary_tables(seq_len: int, rotary_dim: int, device: torch.device) -> tuple[
 
     Always float32: in bfloat16 neighbouring positions far into a sequence would be the same.
     """
-    channels = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
+    return rotary_tables_at(torch.arange(seq_len, device=device), rotary_dim)
+
+
+def rotary_tables_at(positions: Tensor, rotary_dim: int) -> tuple[Tensor, Tensor]:
+    """:func:`rotary_tables` for positions (..., T), each (..., T, R)."""
+    channels = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies = 1.0 / 10000 ** (channels / rotary_dim)  # (R/2)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)  # (T, R)
+    angles = positions.unsqueeze(-1).float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)  # (..., T, R)
     return angles.cos(), angles.sin()
 
 
@@ -62,6 +67,79 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin  # at least float32
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the tokens that a causal model has read, so that reading on costs the new tokens alone.
+
+    Each row stands at a place of its own. So texts of different lengths are read together with padding on the right,
+    and then `lengths` is set back to the true ones: what lies behind is not seen, and is written over.
+
+    Args:
+        batch_size: rows, B.
+        max_len: tokens of a row that there is room for.
+
+    Attributes:
+        lengths: how many tokens each row has read.
+        layers: keys and values (B, H, max_len, K) of each attention layer, made when it reads the first tokens.
+
+    Example:
+        >>> cache = model.new_cache(batch_size=2)
+        >>> model(ids[:, :100], cache)
+        >>> model(ids[:, 100:], cache)  # equals model(ids)[:, 100:]
+    """
+
+    def __init__(self, batch_size: int, max_len: int) -> None:
+        self.max_len = max_len
+        self.lengths = [0] * batch_size
+        self.layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all other rows."""
+        self.lengths = [self.lengths[row] for row in rows]
+        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
+
+
+class Chunk:
+    """The next tokens of each row of a cache: where they go, and what they see.
+
+    Raises:
+        ValueError: when the cache has no room for them, or other rows.
+
+    Attributes:
+        positions: of the tokens in their rows, (B, T).
+        end: places of the cache that are in use afterwards, S.
+        seen: which of them each token attends to, (B, 1, T, S); None for the first chunk of all, which is causal.
+    """
+
+    def __init__(self, cache: KVCache, batch_size: int, num_tokens: int, device: torch.device) -> None:
+        self.cache = cache
+        if batch_size != len(cache.lengths):
+            raise ValueError(f"a batch of {batch_size} rows for a cache of {len(cache.lengths)}")
+        self.end = max(cache.lengths) + num_tokens
+        if self.end > cache.max_len:
+            raise ValueError(
+                f"{num_tokens} tokens after {max(cache.lengths)} are {self.end}, more than the {cache.max_len} of the "
+                "cache, at most max_seq_len: read fewer, or begin a new cache with the end of the text"
+            )
+        starts = torch.tensor(cache.lengths, device=device).unsqueeze(1)
+        self.positions = starts + torch.arange(num_tokens, device=device)
+        self.seen = None
+        if max(cache.lengths) > 0:
+            self.seen = (torch.arange(self.end, device=device) <= self.positions.unsqueeze(-1)).unsqueeze(1)
+
+    def extend(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's keys and values (B, H, T, K) to the cache; return all that it has, (B, H, S, K)."""
+        if layer not in self.cache.layers:
+            B, H, _, K = key.shape
+            # Zeros: what is behind a row's end counts nothing, but nothing times NaN would be NaN.
+            keys, values = (new.new_zeros(B, H, self.cache.max_len, K) for new in (key, value))
+            self.cache.layers[layer] = keys, values
+        keys, values = self.cache.layers[layer]
+        rows = torch.arange(len(key), device=key.device).unsqueeze(1)  # (B, 1)
+        for cached, new in ((keys, key), (values, value)):
+            cached[rows, :, self.positions] = new.transpose(1, 2)  # (B, T, H, K)
+        return keys[:, :, : self.end], values[:, :, : self.end]
 
 
 class SelfAttention(nn.Module):
@@ -75,15 +153,25 @@ class SelfAttention(nn.Module):
         self.value = projection(config, config.qkv_tokens, residual=False)
         self.out = projection(config, config.proj_tokens, residual=True)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B, T, D) -> (B, T, D). `rotary` holds the tables of :func:`rotary_tables`, or None for no positions."""
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, chunk: Chunk | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            x: the tokens.
+            rotary: the tables of :func:`rotary_tables`, or None for no positions.
+            chunk: which part of a cached sequence the tokens are, or None for all of it.
+        """
         query, key, value = (
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, K)
             for project in (self.query, self.key, self.value)
         )
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)  # (B, H, T, K)
+        seen = None
+        if chunk is not None:
+            (key, value), seen = chunk.extend(self, key, value), chunk.seen  # (B, H, S, K)
+        causal = self.causal and seen is None
+        mixed = F.scaled_dot_product_attention(query, key, value, seen, is_causal=causal)  # (B, H, T, K)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -101,9 +189,9 @@ class Block(nn.Module):
             self.ffn = projection(config, config.ffn_tokens, residual=True)
         self.drop_path = nn.Identity()  # vision puts stochastic depth here
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, chunk: Chunk | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = x + self.drop_path(self.attention(self.attention_norm(x), rotary))
+        x = x + self.drop_path(self.attention(self.attention_norm(x), rotary, chunk))
         return x + self.drop_path(self.ffn(self.ffn_norm(x)))
 
 
@@ -121,12 +209,27 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=1e-5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D). With a cache x is what follows on what that has read."""
+        if cache is not None:
+            return self._read_on(x, cache)
         rotary = rotary_tables(x.shape[1], self.rotary_dim, x.device) if self.rotary_dim else None
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
                 x = block(x, rotary)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def _read_on(self, x: Tensor, cache: KVCache) -> Tensor:
+        B, T, _ = x.shape
+        chunk = Chunk(cache, B, T, x.device)
+        rotary = None
+        if self.rotary_dim:
+            cos, sin = rotary_tables_at(chunk.positions, self.rotary_dim)
+            rotary = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, T, R), the same for all heads
+        for block in self.blocks:
+            x = block(x, rotary, chunk)
+        cache.lengths = [length + T for length in cache.lengths]
         return self.norm(x)

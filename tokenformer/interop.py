@@ -1,46 +1,221 @@
-"""Models in other people's formats."""
+"""Models in files: the folder that is published (`model.safetensors`, `config.json`), and the released checkpoints."""
 
 import json
-from dataclasses import asdict
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenformer.config import LMConfig, ViTConfig
+from tokenformer.growth import COUNT_OF, pattention_layers
 from tokenformer.language import TokenFormerLM
+from tokenformer.pattention import Pattention
 from tokenformer.vision import TokenFormerViT
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+# What `model_type` in a config.json stands for: config, model, and the name of the model in transformers.
+KINDS: dict[str, tuple[Any, Any, str]] = {
+    "tokenformer": (LMConfig, TokenFormerLM, "TokenFormerForCausalLM"),
+    "tokenformer_vit": (ViTConfig, TokenFormerViT, "TokenFormerForImageClassification"),
+}
 
 # Width -> heads of the released Pile models (150M, 450M, 900M, 1.5B); a state dict does not tell the number of heads.
 RELEASED_HEADS = {768: 12, 1024: 16, 1280: 16, 1536: 16}
 
+RELEASED = "sequential."  # begins the names of their tensors
+_TOKENS = {
+    "qkv_tokens": r"attention\.(query|key|value)\.",
+    "proj_tokens": r"attention\.proj\.",
+    "ffn_tokens": r"\.mlp\.",
+}
 
-def save_model(model: TokenFormerLM | TokenFormerViT, path: str | Path) -> None:
-    """Write a model as safetensors: its state dict, and its config as JSON under ``tokenformer`` in the metadata."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, path, metadata={"tokenformer": json.dumps(asdict(model.config))})
+
+def save_pretrained(model: TokenFormerLM | TokenFormerViT, folder: str | Path) -> None:
+    """Write a model as a folder: its consolidated state dict in `model.safetensors`, its sizes in `config.json`.
+
+    Args:
+        model: in its own precision; it is left as it is.
+        folder: made if it is not there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in consolidated_state(model).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config_dict(model), indent=2) + "\n")
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
 
 
-def load_model(path: str | Path) -> TokenFormerLM | TokenFormerViT:
-    """Read what :func:`save_model` wrote; a grown model has the size that it grew to.
+def from_pretrained(folder: str | Path) -> TokenFormerLM | TokenFormerViT:
+    """Read a folder that :func:`save_pretrained` or `tokenformer export` wrote.
+
+    Returns:
+        The model in eval mode, in the precision of the file.
 
     Raises:
-        ValueError: when the file has no config.
+        ValueError: for what is no such folder; for tensors that are missing, left over or of another shape.
     """
-    with safe_open(path, "pt") as file:
-        config = (file.metadata() or {}).get("tokenformer")
-    if config is None:
-        raise ValueError(f"{path}: no config in its metadata, so not written by save_model")
-    tensors = load_file(path)
-    fields = json.loads(config)
-    model = TokenFormerViT(ViTConfig(**fields)) if "patch_size" in fields else TokenFormerLM(LMConfig(**fields))
-    model.to(tensors["backbone.norm.weight"].dtype).load_state_dict(tensors)
-    return model
+    folder = Path(folder)
+    config = read_config(folder)
+    tensors = _read_weights(folder)
+    (model_class,) = (made for made_from, made, _ in KINDS.values() if made_from is type(config))
+    model = model_class(config).to(precision(tensors))
+    load_checked(model, tensors, folder)
+    return model.eval()
 
 
-def load_official(source: str | Path | dict[str, Tensor], num_heads: int | None = None) -> TokenFormerLM:
+def _read_weights(folder: str | Path) -> dict[str, Tensor]:
+    try:
+        return load_file(Path(folder) / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{Path(folder) / WEIGHTS}: not there, or damaged: {error}") from error
+
+
+def read_config(folder: str | Path) -> LMConfig | ViTConfig:
+    """The config in a folder; keys that are not its fields, such as those of transformers, are passed over.
+
+    Raises:
+        ValueError: for what is no such folder.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder}: no folder with {CONFIG} and {WEIGHTS}; {wanted_command(folder)}")
+    given = json.loads((folder / CONFIG).read_text())
+    if given.get("model_type") not in KINDS:
+        known = ", ".join(KINDS)
+        raise ValueError(f"{folder / CONFIG}: model_type={given.get('model_type')!r} is none of {known}")
+    config_class = KINDS[given["model_type"]][0]
+    return config_class(**{f.name: given[f.name] for f in fields(config_class) if f.name in given})
+
+
+def wanted_command(path: Path) -> str:
+    """Which command reads a file or folder, by its name."""
+    if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+        return f"it is an exported model: `tokenformer.from_pretrained({str(path)!r})` reads it"
+    if path.suffix == ".ckpt" or (path / "meta.pt").exists():
+        return f"a checkpoint becomes one by `tokenformer export {path} --out DIR`"
+    return f"a released checkpoint becomes one by `tokenformer import {path} --out DIR`"
+
+
+def config_dict(model: TokenFormerLM | TokenFormerViT) -> dict[str, Any]:
+    """What `config.json` says of a model: its kind, its precision, the fields of its config at its present size."""
+    (kind, name) = next((kind, name) for kind, (_, made, name) in KINDS.items() if isinstance(model, made))
+    dtype = str(precision(dict(model.named_parameters()))).removeprefix("torch.")
+    return {"model_type": kind, "architectures": [name], "dtype": dtype} | asdict(present_config(model))
+
+
+def present_config(model: TokenFormerLM | TokenFormerViT) -> LMConfig | ViTConfig:
+    """The model's config, with the counts of parameter tokens that it has grown to.
+
+    Where the layers of a kind differ, the count stays that of the start; the weights' shapes tell each one's.
+    """
+    counts: dict[str, set[int]] = {}
+    for name, layer in pattention_layers(model).items():
+        counts.setdefault(COUNT_OF[name.rsplit(".", 1)[-1]], set()).add(layer.num_tokens)
+    sizes: dict[str, Any] = {
+        f"{kind}_tokens": count for kind, found in counts.items() if len(found) == 1 for count in found
+    }
+    return replace(model.config, **sizes)
+
+
+def precision(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """What a model's weights are in; tau, which is always float64, does not count."""
+    return next(t.dtype for name, t in tensors.items() if t.is_floating_point() and not name.endswith(".tau"))
+
+
+def consolidated_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with parameter tokens that share a norm joined, (N, D) and (M, D) to (N + M, D), bits unchanged.
+
+    Segments with a norm of their own stay segments of their own: joined, they would be another function.
+    """
+    state = dict(model.state_dict())
+    for name, layer in pattention_layers(model).items():
+        start = f"{name}.segments."
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(start)}
+        state |= {f"{start}{key}": tensor for key, tensor in _joined_segments(layer).items()}
+    return state
+
+
+def _joined_segments(layer: Pattention) -> dict[str, Tensor]:
+    joined: dict[str, Tensor] = {}
+    for i, group in enumerate(layer.norm_groups()):
+        first = group[0].state_dict()  # tau and its gain too, of a norm of its own
+        tokens = {kind: torch.cat([getattr(s, kind).detach() for s in group]) for kind in ("keys", "values")}
+        joined |= {f"{i}.{key}": tensor for key, tensor in (first | tokens).items()}
+    return joined
+
+
+def consolidate(model: nn.Module) -> None:
+    """Join the parameter tokens of each norm into one segment, in place: the same function, the same numbers.
+
+    An optimizer does not know the joined parameters, so this is for models that are not in training.
+    """
+    model.load_state_dict(consolidated_state(model))
+
+
+# What a model that is trained further may have otherwise than the folder that it starts from.
+FREE = {"init", "scale", "vocab_size", "vocab_multiple", "max_seq_len", "image_size", "num_classes", "drop_path"}
+
+
+def start_from(model: Any, folder: str | Path) -> None:
+    """Give a model the weights in a folder, to train it further. A classifier for other classes stays new.
+
+    Args:
+        model: a TokenFormerLM or TokenFormerViT of the sizes in the folder's config; see `FREE` for what may differ.
+        folder: what :func:`from_pretrained` reads.
+
+    Raises:
+        ValueError: that lists the sizes that differ.
+    """
+    source, own = (asdict(config) for config in (read_config(folder), model.config))
+    if source.keys() != own.keys():
+        raise ValueError(f"{folder}: is a {'vision' if 'patch_size' in source else 'language'} model, this is not")
+    differing = [name for name in own if name not in FREE and own[name] != source[name]]
+    if differing:
+        listed = ", ".join(f"{name}={source[name]} (not {own[name]})" for name in differing)
+        raise ValueError(f"{folder} has a model of other sizes: set model.config to {listed}")
+    tensors = _read_weights(folder)
+    new: tuple[str, ...] = (".tau_gain",)  # 0, of a tau that is trained from now on
+    if own.get("num_classes") != source.get("num_classes"):
+        new += ("head.weight", "head.bias")
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(new[1:])}
+    load_checked(model, tensors, folder, may_miss=new)
+
+
+def load_checked(
+    model: nn.Module, tensors: Mapping[str, Tensor], source: object, may_miss: tuple[str, ...] = ()
+) -> None:
+    """Load a state dict into a model, which takes its numbers of parameter tokens from it.
+
+    Args:
+        model: the model.
+        tensors: the state dict.
+        source: where it comes from, for the errors.
+        may_miss: ends of names that need not be in it; what they name stays as it is.
+
+    Raises:
+        ValueError: that lists what is missing, unknown or of another shape.
+    """
+    try:
+        missing, unknown = model.load_state_dict(dict(tensors), strict=False)
+    except RuntimeError as error:  # what torch says of shapes
+        raise ValueError(f"{source}: the weights do not fit the config: {error}") from error
+    missing = [name for name in missing if not name.endswith(may_miss)]
+    if missing or unknown:
+        wrong = {"missing": missing, "unknown": unknown}
+        listed = "; ".join(f"{what} tensors: {', '.join(names)}" for what, names in wrong.items() if names)
+        raise ValueError(f"{source}: the weights do not fit the config: {listed}")
+
+
+def load_official(source: str | Path | Mapping[str, Tensor], num_heads: int | None = None) -> TokenFormerLM:
     """Build a TokenFormerLM from weights in the layout of the released checkpoints (sizes come from the shapes).
 
     Args:
@@ -52,52 +227,67 @@ def load_official(source: str | Path | dict[str, Tensor], num_heads: int | None 
         The model, in the weights' own precision.
 
     Raises:
-        ValueError: when a tensor is missing or left over, when sizes contradict each other, when `num_heads` is needed.
+        ValueError: that lists the tensors that are missing, unknown or of a wrong shape; when `num_heads` is needed.
     """
-    if not isinstance(source, dict):
+    if not isinstance(source, Mapping):
         path = Path(source)
         source = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    released = {name: tensor for name, tensor in source.items() if name.startswith("sequential.")}
-    embedding = released.get("sequential.0.word_embeddings.weight")
-    if embedding is None:
-        raise ValueError("no tensor 'sequential.0.word_embeddings.weight': not a released TokenFormer language model")
-    vocab_size, dim = embedding.shape
-    depth = sum(name.endswith(".mlp.key_param_tokens") for name in released)
+    shapes = {name: tensor.shape for name, tensor in source.items() if name.startswith(RELEASED)}
+    embedding = f"{RELEASED}0.word_embeddings.weight"
+    if len(shapes.get(embedding, ())) != 2:
+        known = {
+            "embedding.weight": "an exported model, which `tokenformer.from_pretrained` reads",
+            "state_dict": "a checkpoint of `tokenformer fit`, which `tokenformer export` reads",
+        }
+        what = next((f": this is {what}" for name, what in known.items() if name in source), "")
+        raise ValueError(f"no matrix {embedding!r}: not a released TokenFormer language model{what}")
+    vocab_size, dim = shapes[embedding]
     if num_heads is None and dim not in RELEASED_HEADS:
         raise ValueError(
             f"give num_heads: it is known only for the released widths {sorted(RELEASED_HEADS)}, not {dim}"
         )
 
+    blocks = (re.match(r"sequential\.(\d+)\.(attention|mlp)\.", name) for name in shapes)
+    depth = max((int(found[1]) - 1 for found in blocks if found), default=0)  # the first block is number 2
     names = _official_names(depth)
-    if missing := sorted(set(names.values()) - set(released)):
-        raise ValueError(f"missing tensors: {', '.join(missing)}")
-    if unknown := sorted(set(released) - set(names.values())):
-        raise ValueError(f"unknown tensors: {', '.join(unknown)}")
-    config = LMConfig(
-        vocab_size=vocab_size,
-        max_seq_len=2048,
-        depth=depth,
-        dim=dim,
-        num_heads=num_heads or RELEASED_HEADS[dim],
-        qkv_tokens=len(released["sequential.2.attention.query.key_param_tokens"]),
-        proj_tokens=len(released["sequential.2.attention.proj.key_param_tokens"]),
-        ffn_tokens=len(released["sequential.2.mlp.key_param_tokens"]),
-    )
-    model = TokenFormerLM(config).to(embedding.dtype)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if wrong := [
-        f"{theirs} {tuple(released[theirs].shape)}, not {tuple(shapes[ours])}"
-        for ours, theirs in names.items()
-        if released[theirs].shape != shapes[ours]
-    ]:
-        raise ValueError(f"shapes that contradict the other layers: {'; '.join(wrong)}")
-    model.load_state_dict({ours: released[theirs] for ours, theirs in names.items()}, strict=False)  # tau stays sqrt(N)
+    wrong = {
+        "missing tensors": sorted(set(names.values()) - shapes.keys()),
+        "unknown tensors": sorted(shapes.keys() - set(names.values())),
+    }
+    counts: dict[str, Any] = {kind: _usual_rows(shapes, pattern) for kind, pattern in _TOKENS.items()}
+    if None not in counts.values():
+        config = LMConfig(
+            vocab_size=vocab_size,
+            max_seq_len=2048,
+            depth=depth,
+            dim=dim,
+            num_heads=num_heads or RELEASED_HEADS[dim],
+            **counts,
+        )
+        with torch.device("meta"):
+            expected = {name: parameter.shape for name, parameter in TokenFormerLM(config).named_parameters()}
+        wrong["shapes that contradict the other layers"] = [
+            f"{theirs} {tuple(shapes[theirs])}, not {tuple(expected[ours])}"
+            for ours, theirs in names.items()
+            if theirs in shapes and shapes[theirs] != expected[ours]
+        ]
+    if any(wrong.values()):
+        raise ValueError("; ".join(f"{what}: {', '.join(listed)}" for what, listed in wrong.items() if listed))
+    tensors = {ours: source[theirs] for ours, theirs in names.items()}
+    model = TokenFormerLM(config).to(reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()}))
+    model.load_state_dict(tensors, strict=False)  # tau stays sqrt(N)
     return model
+
+
+def _usual_rows(shapes: Mapping[str, torch.Size], pattern: str) -> int | None:
+    """N of most of the matrices of parameter tokens whose names match; None where there are none."""
+    rows = [shape[0] for name, shape in shapes.items() if re.search(pattern, name) and len(shape) == 2]
+    return Counter(rows).most_common(1)[0][0] if rows else None
 
 
 def _official_names(depth: int) -> dict[str, str]:
     """Our parameter names -> the released ones (facts: index 1 and depth + 2 hold no parameters)."""
-    names = {"embedding.weight": "sequential.0.word_embeddings.weight"}
+    names = {"embedding.weight": f"{RELEASED}0.word_embeddings.weight"}
     layers = {
         "attention.query": "attention.query",
         "attention.key": "attention.key",
@@ -109,7 +299,7 @@ def _official_names(depth: int) -> dict[str, str]:
         for ours, theirs in layers.items():
             for kind in ("key", "value"):
                 mine = f"backbone.blocks.{i}.{ours}.segments.0.{kind}s"
-                names[mine] = f"sequential.{i + 2}.{theirs}.{kind}_param_tokens"
+                names[mine] = f"{RELEASED}{i + 2}.{theirs}.{kind}_param_tokens"
     for kind in ("weight", "bias"):
-        names[f"backbone.norm.{kind}"] = f"sequential.{depth + 3}.norm.{kind}"
+        names[f"backbone.norm.{kind}"] = f"{RELEASED}{depth + 3}.norm.{kind}"
     return names

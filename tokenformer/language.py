@@ -3,10 +3,11 @@
 B batch, T sequence, D channels, V vocabulary.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenformer.backbone import Backbone
+from tokenformer.backbone import Backbone, KVCache
 from tokenformer.config import LMConfig
 from tokenformer.loss import linear_cross_entropy, token_nats_and_entropy
 
@@ -45,13 +46,37 @@ class TokenFormerLM(nn.Module):
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         return weight[: self.config.vocab_size]
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        """Ids (B, T) -> final hidden states (B, T, D)."""
-        return self.backbone(self.embedding(input_ids))
+    def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> KVCache:
+        """A cache for texts that are read in parts.
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Ids (B, T) -> logits (B, T, V)."""
-        return F.linear(self.hidden(input_ids), self.output_weight)
+        Args:
+            batch_size: how many texts are read together.
+            max_len: tokens of the longest; default: `max_seq_len`.
+
+        Raises:
+            ValueError: for texts longer than the model's context.
+        """
+        context = self.config.max_seq_len
+        if max_len is not None and max_len > context:
+            raise ValueError(f"{max_len} tokens are past the model's context, max_seq_len={context}: ask for fewer")
+        return KVCache(batch_size, max_len or context)
+
+    def hidden(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Ids (B, T) -> final hidden states (B, T, D). With a cache they follow on what that has read: no gradient."""
+        return self.backbone(self.embedding(input_ids), cache)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, only_at: Tensor | None = None) -> Tensor:
+        """Ids (B, T) -> logits (B, T, V).
+
+        Args:
+            input_ids: the text, or what follows on what `cache` has read.
+            cache: of :meth:`new_cache`.
+            only_at: one place of each row, (B,), to give only its logits, (B, V).
+        """
+        hidden = self.hidden(input_ids, cache)
+        if only_at is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), only_at]  # (B, D)
+        return F.linear(hidden, self.output_weight)
 
     def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T) given ids (B, T), without the full logits; -100 is ignored."""

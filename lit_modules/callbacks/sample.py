@@ -30,11 +30,17 @@ class SampleText(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         (ids,) = tokenizer.encode_batch([self.prompt])
-        prompt = torch.tensor([[tokenizer.end_of_text, *ids]], device=pl_module.device)  # a new document begins
-        generator = torch.Generator(pl_module.device).manual_seed(self.seed)
+        ids = [tokenizer.end_of_text, *ids]  # a new document begins
+        wanted = len(ids) + self.max_new_tokens
+        context = pl_module.model.config.max_seq_len
+        generator = torch.Generator().manual_seed(self.seed)
         pl_module.eval()
-        written = generate(pl_module.model, prompt, self.max_new_tokens, self.temperature, generator=generator)
-        text = tokenizer.decode(written[0].tolist())
+        while (missing := wanted - len(ids)) > 0:  # when the context is full, its second half is the next prompt
+            seen = ids if len(ids) < context else ids[-(context // 2) :]
+            more = max(1, min(missing, context - len(seen)))
+            (written,) = generate(pl_module.model, [seen], more, temperature=self.temperature, generator=generator)
+            ids = ids + written[len(seen) :]
+        text = tokenizer.decode(ids)
         path = Path(trainer.default_root_dir) / "sample.txt"
         path.write_text(text, encoding="utf-8")
         shown = "\n".join(f"  | {line}" for line in text.splitlines()[:12])

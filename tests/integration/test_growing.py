@@ -16,8 +16,7 @@ from lit_modules.language import LanguageModule
 from lit_modules.optim import OptimConfig, lr_factor
 from tests.integration.growing import STAGES, checkpoint_of, config_of, fit
 from tests.integration.test_training import TINY, rows
-from tokenformer import LMConfig, TokenFormerLM
-from tokenformer.interop import load_model, save_model
+from tokenformer import LMConfig, TokenFormerLM, from_pretrained, save_pretrained
 
 
 def test_a_hash_sees_what_cancels_and_what_changes_places():
@@ -330,19 +329,20 @@ def test_growth_is_logged(corpus, tmp_path, caplog):
 def test_an_exported_model_grows(tmp_path, capsys):
     torch.manual_seed(0)
     model = TokenFormerLM(LMConfig(**TINY["model"]["init_args"]["config"], vocab_size=257, scale="learned"))
-    save_model(model, tmp_path / "small.safetensors")
-    small, out = str(tmp_path / "small.safetensors"), str(tmp_path / "big/grown.safetensors")
+    save_pretrained(model, tmp_path / "small")
+    small, out = str(tmp_path / "small"), str(tmp_path / "models/grown")
     main(["grow", small, "--factor", "2", "--layers", "ffn", "--init", "segment_norm", "--out", out])
     assert "moved by 0.0e+00" in capsys.readouterr().out
-    grown = load_model(out)
+    grown = from_pretrained(out)
     ids = torch.randint(0, 257, (2, 16))
     assert torch.equal(grown(ids), model(ids))
     assert grown.backbone.blocks[0].ffn.num_tokens == 64
     for arguments, message in (
-        ([small, "--factor", "2", "--out", str(tmp_path / "x.ckpt")], r"must end in \.safetensors"),
+        ([small, "--factor", "2", "--out", out], "exists: choose another"),
+        ([str(tmp_path), "--factor", "2", "--out", str(tmp_path / "x")], "`tokenformer export` makes one"),
         ([str(tmp_path / "none.ckpt"), "--factor", "2", "--out", str(tmp_path / "x.ckpt")], "no such file"),
-        ([small, "--ffn", "8", "--out", str(tmp_path / "x.safetensors")], "growth only adds"),
-        ([small, "--out", str(tmp_path / "x.safetensors")], "give a factor, or some of"),
+        ([small, "--ffn", "8", "--out", str(tmp_path / "x")], "growth only adds"),
+        ([small, "--out", str(tmp_path / "x")], "give a factor, or some of"),
     ):
         with pytest.raises(ValueError, match=message):
             main(["grow", *arguments])

@@ -1,0 +1,269 @@
+"""Checkpoints out to folders, released checkpoints in, and on from there with the commands."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from datamodules.tokenizer import ByteTokenizer, load_tokenizer
+from lit_modules.cli import main
+from lit_modules.saved import load_saved, read_checkpoint, save_tokenizer, tokenizer_of
+from tests.conftest import ASSETS
+from tests.integration.growing import checkpoint_of, config_of, contents, fit
+from tests.integration.test_training import rows
+from tests.integration.test_vision_training import TINY as TINY_VISION
+from tokenformer import from_pretrained
+from tokenformer.interop import consolidated_state
+
+GOLDEN = ASSETS / "golden_lm_small.safetensors"
+IDS = torch.arange(24).view(2, 12)
+EMA = ("--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9")
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """(config, run folder): grown twice, once within a norm and once beside it, with an average."""
+    folder = tmp_path_factory.mktemp("exported")
+    config = config_of(folder, corpus, init="segment_norm")
+    main(fit(config, folder / "run", *EMA, "--model.config.scale=learned"))
+    return config, folder / "run"
+
+
+def module_weights(checkpoint, key):
+    saved = torch.load(checkpoint, weights_only=True)[key]
+    return {name.removeprefix("model."): tensor for name, tensor in saved.items()}
+
+
+@pytest.mark.parametrize(("weights", "key"), [("average", "state_dict"), ("raw", "current_model_state")])
+def test_a_grown_checkpoint_is_exported_to_the_bit(run, weights, key, tmp_path, capsys):
+    checkpoint = checkpoint_of(run[1], 14)
+    main(["export", str(checkpoint), "--out", str(tmp_path / "model"), "--weights", weights])
+    assert "57,470 parameters" in capsys.readouterr().out
+    saved = load_file(tmp_path / "model/model.safetensors")
+    expected = module_weights(checkpoint, key)
+    assert saved.keys() == expected.keys()  # each segment has its own norm: nothing to join
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+    model = from_pretrained(tmp_path / "model")
+    assert torch.equal(model(IDS), load_saved(checkpoint, weights)(IDS))
+    assert torch.equal(model(IDS), load_saved(tmp_path / "model")(IDS))
+    assert not model.training
+    tokenizer = load_tokenizer(str(tmp_path / "model/tokenizer.json"))
+    assert tokenizer.encode_batch(["as bytes: é"]) == ByteTokenizer().encode_batch(["as bytes: é"])
+    with pytest.raises(ValueError, match="exists: choose another"):
+        main(["export", str(checkpoint), "--out", str(tmp_path / "model")])
+
+
+def test_the_card_says_what_the_run_has_recorded(run, tmp_path):
+    checkpoint = checkpoint_of(run[1], 14)
+    for weights in ("average", "raw"):
+        main(["export", str(checkpoint), "--out", str(tmp_path / weights), "--weights", weights])
+    card = (tmp_path / "average/README.md").read_text()
+    costs = torch.load(checkpoint, weights_only=True)["callbacks"]["Throughput"]
+    assert "| parameters | 57,470 |" in card
+    assert "feed-forward | 64, 64, 128 |" in card
+    assert f"14 optimizer steps, 1,792 tokens, {costs['flops']:.3g} FLOPs" in card
+    assert "tokenizer `bytes`, sequences of 32" in card
+    growth = [line for line in card.splitlines() if "segment_norm, tau fixed" in line]
+    assert growth[0].startswith("| 6 | 768 | 20,586 -> ")
+    assert "| 16 -> 32 | 16 -> 32 | 32 -> 64 |" in growth[0]
+    assert "-> 57,470 | 32 -> 64 | 32 -> 64 | 64 -> 128 |" in growth[1]
+    losses = dict(rows(run[1], "val/loss"))
+    assert "after step 12 of 14" in card
+    assert f"| `val/loss` | {losses[11]:.5g} |" in card
+    assert "raw_" not in card
+    raw = dict(rows(run[1], "val/raw_loss"))
+    assert f"| `val/raw_loss` | {raw[11]:.5g} |" in (tmp_path / "raw/README.md").read_text()
+    early = checkpoint_of(run[1], 8)  # what came later is not its result
+    main(["export", str(early), "--out", str(tmp_path / "early")])
+    assert "after step 8 of 8" in (tmp_path / "early/README.md").read_text()
+
+
+def test_a_checkpoint_away_from_its_run_is_exported_without_tokenizer(run, tmp_path, capsys):
+    (tmp_path / "alone.ckpt").write_bytes(checkpoint_of(run[1], 14).read_bytes())
+    main(["grow", str(tmp_path / "alone.ckpt"), "--factor", "2", "--out", str(tmp_path / "grown.ckpt")])
+    main(["export", str(tmp_path / "grown.ckpt"), "--out", str(tmp_path / "model"), "--dtype", "bfloat16"])
+    assert "no tokenizer was written, give one by --tokenizer" in capsys.readouterr().out
+    assert not (tmp_path / "model/tokenizer.json").exists()
+    card = (tmp_path / "model/README.md").read_text()
+    assert "not measured" in card
+    assert "Data: not on record" in card
+    assert "best so far: `val/loss`" in card
+    model, expected = from_pretrained(tmp_path / "model"), load_saved(tmp_path / "grown.ckpt").bfloat16()
+    for name, tensor in consolidated_state(expected).items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert model.backbone.blocks[0].ffn.num_tokens == 256
+    assert len(model.backbone.blocks[0].ffn.segments) == 3  # the last two share a norm
+    given = ["--tokenizer", "bytes"]
+    main(["export", str(tmp_path / "grown.ckpt"), "--out", str(tmp_path / "other"), *given])
+    assert (tmp_path / "other/tokenizer.json").exists()
+
+
+def test_a_sharded_checkpoint_is_exported(corpus, tmp_path):
+    config = config_of(tmp_path, corpus, init="segment_norm")
+    try:
+        main(fit(config, tmp_path / "run", *EMA, "--trainer.strategy=fsdp2", "--trainer.devices=1"))
+    finally:
+        torch.distributed.destroy_process_group()
+    sharded = checkpoint_of(tmp_path / "run", 14)
+    assert sharded.is_dir()
+    saved = contents(tmp_path / "run")
+    for weights, start in (("average", "model."), ("raw", "current_model_state.model.")):
+        main(["export", str(sharded), "--out", str(tmp_path / weights), "--weights", weights])
+        exported = load_file(tmp_path / weights / "model.safetensors")
+        assert len(exported) > 20
+        assert all(torch.equal(saved[f"{start}{name}"], tensor) for name, tensor in exported.items())
+        assert (tmp_path / weights / "tokenizer.json").exists()
+    assert "1,792 tokens" in (tmp_path / "raw/README.md").read_text()
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "was here",)
+
+    (sharded / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="which is not part of a checkpoint"):
+        read_checkpoint(sharded)
+    assert not (tmp_path / "was here").exists()
+
+
+def test_the_wrong_kind_of_file_names_the_command(run, tmp_path):
+    golden = tmp_path / "golden.safetensors"
+    golden.write_bytes(GOLDEN.read_bytes())
+    exported = tmp_path / "exported"
+    main(["export", str(checkpoint_of(run[1], 14)), "--out", str(exported)])
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "pytorch_model.pt")
+    (tmp_path / "broken.ckpt").write_bytes(b"half of it")
+    for command, path, message in (
+        ("export", golden, "is no checkpoint of `tokenformer fit`; .*`tokenformer import"),
+        ("export", exported, r"exported model: `tokenformer\.from_pretrained"),
+        ("export", tmp_path / "none.ckpt", "no such file"),
+        ("export", tmp_path / "broken.ckpt", "truncated or not a checkpoint"),
+        ("export", tmp_path / "pytorch_model.pt", "no checkpoint of `tokenformer fit`; .*`tokenformer import"),
+        ("import", checkpoint_of(run[1], 14), "is a checkpoint of `tokenformer fit`; .*`tokenformer export"),
+        ("import", exported, r"an exported model, which `tokenformer\.from_pretrained` reads"),
+        ("import", golden, "give num_heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([command, str(path), "--out", str(tmp_path / "out")])
+        assert not list(tmp_path.glob("out*"))
+    for command in ("import", "export"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+
+
+def golden_weights():
+    return {name: t for name, t in load_file(GOLDEN).items() if name.startswith("sequential.")}
+
+
+@pytest.mark.parametrize("layout", ["bin", "folder", "safetensors folder", "shards"])
+def test_a_released_checkpoint_is_imported(layout, golden_lm, tmp_path, capsys):
+    source, weights = tmp_path / "released", golden_weights()
+    source.mkdir()
+    if layout == "safetensors folder":
+        save_file(weights, source / "model.safetensors")
+    elif layout == "shards":
+        names = sorted(weights)
+        shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
+        for file, held in shards.items():
+            torch.save({name: weights[name] for name in held}, source / file)
+        index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(weights, source / "pytorch_model.bin")
+    path = source / "pytorch_model.bin" if layout == "bin" else source
+    main(["import", str(path), "--out", str(tmp_path / "ours"), "--num_heads", "4"])
+    assert "140,416 parameters" in capsys.readouterr().out
+    model = from_pretrained(tmp_path / "ours").double()
+    torch.testing.assert_close(model(golden_lm["input_ids"]), golden_lm["logits_f64"], rtol=0, atol=1e-12)
+    assert "| parameters | 140,416 |" in (tmp_path / "ours/README.md").read_text()
+
+
+def test_what_can_not_be_imported_is_refused(tmp_path, shared_data):
+    command = ["--out", str(tmp_path / "out"), "--num_heads", "4"]
+    zero = tmp_path / "zero"
+    (zero / "global_step10").mkdir(parents=True)
+    (zero / "global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(ValueError, match=r"python zero_to_fp32\.py"):
+        main(["import", str(zero), *command])
+    with pytest.raises(ValueError, match=r"has none of pytorch_model\.bin, model\.safetensors"):
+        main(["import", str(tmp_path), *command])
+    index = {"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"not there: pytorch_model-00001-of-00001\.bin"):
+        main(["import", str(tmp_path), *command])
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "was here",)
+
+    torch.save({"a": Evil()}, tmp_path / "evil.bin")
+    with pytest.raises(ValueError, match="might run code"):
+        main(["import", str(tmp_path / "evil.bin"), *command])
+    assert not (tmp_path / "was here").exists()
+    (tmp_path / "half.bin").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"half\.bin: "):
+        main(["import", str(tmp_path / "half.bin"), *command])
+    neox = str(shared_data / "tokenizer/gpt-neox-20b/tokenizer.json")
+    with pytest.raises(ValueError, match="makes ids up to 50276, the model has 128"):
+        main(["import", str(GOLDEN), *command, "--tokenizer", neox])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_trained_on(run, tmp_path):
+    """It starts where the exported run ended, whatever its segments; the run of an untouched model gives it back."""
+    config, run_dir = run
+    main(["export", str(checkpoint_of(run_dir, 12)), "--out", str(tmp_path / "model")])
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"] |= {"callbacks": [], "max_steps": 4, "val_check_interval": 4}
+    settings["checkpoint"]["every_n_train_steps"] = 4
+    (tmp_path / "on.yaml").write_text(yaml.safe_dump(settings))
+    start = ["--config", str(tmp_path / "on.yaml"), f"--model.init_from={tmp_path / 'model'}"]
+    with pytest.raises(ValueError, match=r"set model\.config to qkv_tokens=64 \(not 16\)"):
+        main(["fit", *start, "--run_dir", str(tmp_path / "refused")])
+    start += [f"--model.config.{name}" for name in ("qkv_tokens=64", "proj_tokens=64", "ffn_tokens=128")]
+    main(["validate", *start, "--run_dir", str(tmp_path / "validated")])
+    expected = dict(rows(run_dir, "val/loss"))[11]
+    assert rows(tmp_path / "validated", "val/loss")[-1][1] == pytest.approx(expected, rel=1e-5)
+    main(["fit", *start, "--run_dir", str(tmp_path / "still"), "--model.optim.lr=1e-30"])
+    main(["export", str(checkpoint_of(tmp_path / "still", 4)), "--out", str(tmp_path / "again")])
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "again"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    resume = ["--ckpt_path", str(checkpoint_of(tmp_path / "still", 4)), "--trainer.max_steps=8"]
+    main(["fit", *start, "--run_dir", str(tmp_path / "on"), *resume])
+    on = load_saved(checkpoint_of(tmp_path / "on", 8))
+    assert [segment.num_tokens for segment in on.backbone.blocks[0].ffn.segments] == [32, 32, 64]
+    assert not torch.equal(on.embedding.weight, one["embedding.weight"])
+
+
+def test_an_imported_model_grows(tmp_path, golden_lm):
+    main(["import", str(GOLDEN), "--out", str(tmp_path / "ours"), "--num_heads", "4"])
+    save_tokenizer(ByteTokenizer(), tmp_path / "ours", 32)
+    main(["grow", str(tmp_path / "ours"), "--factor", "2", "--out", str(tmp_path / "grown")])
+    grown = from_pretrained(tmp_path / "grown")
+    torch.testing.assert_close(grown(golden_lm["input_ids"]), golden_lm["logits_f32"], rtol=0, atol=5e-6)
+    assert grown.config.ffn_tokens == 320
+    assert tokenizer_of(tmp_path / "grown").vocab_size == 257
+    assert "140,416 -> " in (tmp_path / "grown/README.md").read_text()
+
+
+def test_an_image_model_is_exported(tmp_path):
+    settings = json.loads(json.dumps(TINY_VISION))
+    settings["model"]["init_args"]["config"] |= {"image_size": 8, "patch_size": 4}
+    settings["data"]["init_args"] |= {"source": "digits", "image_size": 8, "batch_size": 64}
+    growth = {"stages": [{"at_step": 4, "factor": 2.0}]}
+    settings["trainer"]["callbacks"] = [{"class_path": "GrowParameterTokens", "init_args": growth}]
+    (tmp_path / "digits.yaml").write_text(yaml.safe_dump(settings))
+    main(["fit", "--config", str(tmp_path / "digits.yaml"), "--run_dir", str(tmp_path / "run")])
+    checkpoint = checkpoint_of(tmp_path / "run", 8)
+    main(["export", str(checkpoint), "--out", str(tmp_path / "model")])
+    model, saved = from_pretrained(tmp_path / "model"), load_saved(checkpoint)
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in consolidated_state(saved).items())
+    assert (len(saved.backbone.blocks[0].ffn.segments), len(model.backbone.blocks[0].ffn.segments)) == (2, 1)
+    card = (tmp_path / "model/README.md").read_text()
+    assert "| classes | 10 |" in card
+    assert f"| `val/top1` | {rows(tmp_path / 'run', 'val/top1')[-1][1]:.5g} |" in card
+    assert not (tmp_path / "model/tokenizer.json").exists()
