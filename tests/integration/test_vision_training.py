@@ -357,6 +357,7 @@ def two_processes(tmp_path_factory, images):
             fit(config, folder / "ddp", *shared, "--trainer.strategy=ddp", "--trainer.precision=64-true"),
             fit(config, folder / "fsdp", *shared, *whole, *ema),
             fit(plain, folder / "timm", *shared, *whole, "--model.timm_model=test_vit", "--trainer.max_steps=2"),
+            fit(plain, folder / "norms", *shared, *ema, "--model.timm_model=test_resnet", "--trainer.max_steps=4"),
             [
                 *["validate", "--config", str(config), "--run_dir", str(folder / "validated"), *shared],
                 *[
@@ -384,3 +385,14 @@ def test_two_processes_train_and_count_as_one(two_processes, images, tmp_path):
     assert row["count"] == "23"  # 12 of one process and 11 of the other
     assert float(row["top1"]) == pytest.approx(100 * rows(tmp_path / "ddp", "val/top1")[-1][1], abs=1e-3)
     assert len(rows(two_processes / "timm", "train/loss")) == 2
+
+
+def test_statistics_of_a_norm_are_those_of_the_first_process(two_processes, images, tmp_path):
+    """Of the weights that are validated beside their average, too: what is logged is what the checkpoint has."""
+    saved = torch.load(checkpoint_of(two_processes / "norms", 4), weights_only=True)
+    saved["state_dict"] = saved.pop("current_model_state")
+    torch.save(saved, tmp_path / "raw.ckpt")
+    command = ["validate", "--config", str(write(tmp_path, images)), "--ckpt_path", str(tmp_path / "raw.ckpt")]
+    main([*command, "--model.timm_model=test_resnet", "--run_dir", str(tmp_path / "run")])
+    alone = rows(tmp_path / "run", "val/loss")[-1][1]
+    assert rows(two_processes / "norms", "val/raw_loss")[-1][1] == pytest.approx(alone, rel=1e-5)
