@@ -111,7 +111,7 @@ class _DigitImages(Images):
 
 
 class Folder:
-    """A folder with train/, val/ and, if there is one, test/; in each, a folder of images for each class.
+    """A folder with val/, train/ to train on and, if there is one, test/; in each, a folder of images for each class.
 
     Raises:
         ValueError: when one of them is missing; in `images`, when a class is.
@@ -126,22 +126,27 @@ class Folder:
             )
         found = _subfolders(self.root)
         val = [name for name in VAL_SPLITS if name in found]
-        for split, there in (("train", "train" in found), ("val", val)):
-            if not there:
-                raise ValueError(
-                    f"data.source={root!r}: has no folder {split}/, but {', '.join(found) or 'none at all'}; put the "
-                    "images into train/CLASS/ and val/CLASS/"
-                )
+        if not val:
+            raise self._no_folder("val")
         # A test/ without class folders has no labels, as ImageNet's
         test = "test" if "test" in found and _subfolders(self.root / "test") else val[0]
         self.folders = {"train": self.root / "train", "val": self.root / val[0], "test": self.root / test}
-        self.class_names = self._classes("train")
+        self.class_names = self._classes("train" if "train" in found else "val")  # evaluation needs no train/
+
+    def _no_folder(self, split: str) -> ValueError:
+        found = ", ".join(_subfolders(self.root)) or "none at all"
+        return ValueError(
+            f"data.source={str(self.root)!r}: has no folder {split}/, but {found}; put the images into train/CLASS/ "
+            "and val/CLASS/"
+        )
 
     def prepare(self) -> None:
         """Nothing to do."""
 
     def images(self, split: str) -> Images:
         """Those of one split; it must have images of every class."""
+        if not self.folders[split].is_dir():
+            raise self._no_folder(split)
         missing = sorted(set(self.class_names) - set(classes := self._classes(split)))
         unknown = sorted(set(classes) - set(self.class_names))
         if missing or unknown:
@@ -295,7 +300,8 @@ class _Rows(Images):
         self.dataset = dataset.select_columns(image).cast_column(image, datasets.Image(decode=False))
 
     def name(self, index: int) -> str:
-        return f"{self.where}/{self.dataset[index][self.image]['path'] or index}"
+        path = self.dataset[index][self.image]["path"]  # a name, or where the file was when the data set was made
+        return f"{self.where}/{Path(path).name if path else index}"
 
     def data(self, index: int) -> bytes:
         stored = self.dataset[index][self.image]

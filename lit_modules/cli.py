@@ -12,11 +12,12 @@ Train TokenFormers, in which every linear projection is attention to learnable p
 
 commands:
   fit        train                    tokenformer fit --config configs/language/quickstart.yaml
-  validate   loss on validation data  tokenformer validate --config FILE --ckpt_path last
-  test       loss on test data        tokenformer test --config FILE --ckpt_path last
-  predict    loss of each token of a text file, into a CSV
+  validate   on validation data       tokenformer validate --config FILE --ckpt_path last
+  test       on test data             tokenformer test --config FILE --ckpt_path last
+  predict    loss of each token of a text file, into a CSV; classes of images, into a parquet file
                                       tokenformer predict --config FILE --ckpt_path last --data.predict_file TEXT
-  prepare    tokenize the data and stop
+                                      tokenformer predict --config FILE --ckpt_path last --data.predict_source FOLDER
+  prepare    download and tokenize the data and stop
                                       tokenformer prepare --config FILE
   plan       what a run would cost at each size it grows to: parameters, FLOPs, memory, hours
                                       tokenformer plan --config FILE

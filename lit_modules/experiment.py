@@ -98,7 +98,9 @@ class ArgumentParser(LightningArgumentParser):
             key = asked[1]
             whole = get_close_matches(key, [action.dest for action in self._actions], n=1, cutoff=0.9)
             near = whole or get_close_matches(key.rsplit(".", 1)[-1], self._known_names(), n=1, cutoff=0.6)
-            message = f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else "")
+            known = bool(near) and near[0] == key  # but not of the class that it is given to
+            hint = f": not of the class that it is given to (`{key}` of a callback: the last one)" if known else ""
+            message = f"unknown key {key!r}" + (hint or (f": did you mean {near[0]!r}?" if near else ""))
         sys.stderr.write(f"error: {message}\n(`tokenformer COMMAND --help` lists all keys)\n")
         self.exit(2)
 

@@ -83,6 +83,7 @@ class LanguageModule(TokenFormerModule):
 
     def setup(self, stage: str) -> None:
         """Check model and data against each other before any work is done."""
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return

@@ -102,6 +102,22 @@ class TokenFormerModule(LightningModule, ABC):
     def install(self, model: nn.Module) -> None:
         """Make this the model: as it is to be trained, checkpointed, compiled and sharded."""
 
+    def setup(self, stage: str) -> None:
+        """Refuse settings under which a resumed run could not be exact."""
+        if stage != "fit":
+            return
+        trainer: Any = self.trainer
+        every, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+        if isinstance(every, int) and every % accumulate:
+            raise ValueError(
+                f"trainer.val_check_interval={every} counts batches and is no multiple of "
+                f"trainer.accumulate_grad_batches={accumulate}: validations would come in the middle of a step"
+            )
+        if trainer.reload_dataloaders_every_n_epochs:
+            raise ValueError(
+                "trainer.reload_dataloaders_every_n_epochs: a new loader would repeat the same samples; leave it out"
+            )
+
     def configure_model(self) -> None:
         """Build the model; here and not before, so that it is made on its device and in its precision."""
         if self.model is None:
@@ -139,7 +155,9 @@ class TokenFormerModule(LightningModule, ABC):
 
     def freeze_old(self) -> None:
         """Freeze what is older than the last growth, if that growth says so, and nothing else."""
-        only_new = self.growths and self.growths[-1]["train"] == "new" and self._trainer is not None
+        if not self.growths:
+            return  # a timm model may have parameters that are never trained
+        only_new = self.growths[-1]["train"] == "new" and self._trainer is not None
         new = set(self.growths[-1]["new"]) if only_new else None
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(new is None or name in new)
@@ -184,13 +202,12 @@ class TokenFormerModule(LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its per-step schedule."""
         self._max_steps = self.trainer.max_steps
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
-            self._max_steps = self.optim.warmup_steps + 1
         if self._max_steps < 1:
             raise ValueError(
                 f"trainer.max_steps={self._max_steps}: the learning rate schedule needs the number of steps"
             )
-        check_schedule(self.optim, self._max_steps, f"trainer.max_steps={self._max_steps}")
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
+            check_schedule(self.optim, self._max_steps, f"trainer.max_steps={self._max_steps}")
         self._scale_lr()
         # The fused update does its own unscaling in 16-mixed, where gradients must be unscaled before clipping.
         optimizer = adamw(self.param_groups(), self.optim, fused=self.trainer.precision != "16-mixed")

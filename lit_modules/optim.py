@@ -106,17 +106,30 @@ def adamw(groups: list[dict[str, Any]], config: OptimConfig, *, fused: bool) -> 
 
 
 def match_by_name(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
-    """Bring a saved optimizer state into this optimizer's groups; parameters that it does not know start afresh."""
+    """Bring a saved optimizer state into this optimizer's groups; parameters that it does not know start afresh.
+
+    Raises:
+        ValueError: when a moment has another shape than its parameter (an image size has changed), which the fused
+            update would not notice.
+    """
     if not all("param_names" in group for group in (*optimizer.param_groups, *saved["param_groups"])):
-        return None
-    now = [group["param_names"] for group in optimizer.param_groups]
-    if now == [group["param_names"] for group in saved["param_groups"]]:
         return None
     saved_id = {
         name: number
         for group in saved["param_groups"]
         for name, number in zip(group["param_names"], group["params"], strict=True)
     }
+    for group in optimizer.param_groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            moment = saved["state"].get(saved_id.get(name), {}).get("exp_avg")
+            if moment is not None and moment.shape != p.shape:
+                raise ValueError(
+                    f"the checkpoint trained {name} with the shape {tuple(moment.shape)}, now it has {tuple(p.shape)}: "
+                    "a training goes on at the size that it had (sizes of the model, data.image_size)"
+                )
+    now = [group["param_names"] for group in optimizer.param_groups]
+    if now == [group["param_names"] for group in saved["param_groups"]]:
+        return None
     state, groups = {}, []
     for i, names in enumerate(now):
         first = sum(map(len, now[:i]))

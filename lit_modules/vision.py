@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from difflib import get_close_matches
+from itertools import zip_longest
 from typing import Any
 
 import timm
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_modules.fsdp2 import blocks_of, shard
+from lit_modules.loggers import is_log_step
 from lit_modules.module import TokenFormerModule
 from lit_modules.optim import OptimConfig
 from tokenformer import TokenFormerViT, ViTConfig
@@ -22,14 +24,15 @@ IGNORE = -100  # label of rows that fill up a batch, and of images that have non
 TrainBatch = tuple[Tensor, Tensor]  # images (B, 3, H, W), labels (B,) or soft targets (B, C)
 EvalBatch = tuple[Tensor, Tensor, Tensor]  # images, labels (B,), places in the split (B,), -1 where it only fills up
 
-PROBE_IMAGES = 2  # enough to see a change; a whole batch would take longer than the growth
+PROBE_IMAGES = 16  # enough to see a change; a whole batch would take longer than the growth
 
 
 class VisionModule(TokenFormerModule):
     """A TokenFormerViT, its Transformer twin (`config.baseline`) or any timm model, that learns to name images.
 
     Logs what TokenFormerModule logs, and `val/loss` (cross-entropy in nats, no smoothing), `val/top1` and `val/top5`
-    (shares of 1), over all images, each once.
+    (shares of 1), over all images, each once; with `data.skip_unreadable` also `train/unreadable`, how many training
+    images could not be read since the run was started or resumed.
 
     Args:
         config: sizes and options of the model.
@@ -114,18 +117,53 @@ class VisionModule(TokenFormerModule):
 
     def setup(self, stage: str) -> None:
         """Check model and data against each other before any work is done."""
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
+        if self.config.in_channels != 3:
+            raise ValueError(f"model.config.in_channels={self.config.in_channels}: the data has 3 channels")
         if data.num_classes != self.config.num_classes:
             raise ValueError(
                 f"model.config.num_classes={self.config.num_classes} but the data has {data.num_classes} classes"
+            )
+        if self.timm_model is not None and data.image_size != self.config.image_size:
+            raise ValueError(
+                f"data.image_size={data.image_size}: {self.timm_model} is built for "
+                f"model.config.image_size={self.config.image_size}; set both"
             )
         if self.timm_model is None and data.image_size % self.config.patch_size:
             raise ValueError(
                 f"data.image_size={data.image_size} is not a whole number of patches of "
                 f"model.config.patch_size={self.config.patch_size}"
             )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the history, and what the outputs stand for."""
+        super().on_save_checkpoint(checkpoint)
+        if (data := getattr(self.trainer, "datamodule", None)) is not None:
+            checkpoint["class_names"] = data.class_names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the size of the saved model; refuse one whose outputs stand for other classes."""
+        super().on_load_checkpoint(checkpoint)
+        data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        saved = checkpoint.get("class_names")
+        if data is not None and saved is not None and saved != data.class_names:
+            pairs = zip_longest(saved, data.class_names)
+            number, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise ValueError(
+                f"the checkpoint knows {len(saved)} classes, data.source has {len(data.class_names)}; the first that "
+                f"differs is number {number}: {theirs!r} in the checkpoint, {ours!r} in the data"
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
+        """Log; also how many images could not be read, where those are passed over."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        new_step = self.trainer.global_step != self._step
+        if new_step and is_log_step(self.trainer) and getattr(data, "skip_unreadable", False):
+            self.log("train/unreadable", float(data.unreadable), sync_dist=True, reduce_fx="sum")
+        super().on_train_batch_end(outputs, batch, batch_idx)
 
     def batch_loss(self, batch: TrainBatch) -> Tensor:
         """Mean cross-entropy of the batch in nats, targets smoothed."""

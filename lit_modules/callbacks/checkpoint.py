@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and the newest whole one."""
 
 import os
+import time
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -19,26 +20,40 @@ class Checkpoint(ModelCheckpoint):
     So a run that is killed while it validates makes that validation again, and its log has it.
     """
 
-    _deferred: tuple[Any, ...] | None = None
+    _deferred = False
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         loop = trainer.fit_loop
         assert loop._data_fetcher is not None
-        if trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
-            self._deferred = args
-        else:
-            self._save(trainer, pl_module, args)
+        self._deferred = trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        if not self._deferred:
+            self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if self._deferred is not None:
-            args, self._deferred = self._deferred, None
-            self._save(trainer, pl_module, args)
+        if self._deferred:
+            self._deferred = False
+            self._save(trainer)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule, args: tuple[Any, ...]) -> None:
-        super().on_train_batch_end(trainer, pl_module, *args)
-        if trainer.global_step == trainer.max_steps and not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+    def _save(self, trainer: Trainer) -> None:
+        """Save if it is time; never between the batches of a step, whose gradients a checkpoint does not hold.
+
+        Not by ModelCheckpoint, which at the end of an epoch waits for a validation whether one comes or not (2.6).
+        """
+        every, step = self._every_n_train_steps, trainer.global_step
+        due = (every > 0 and step % every == 0) or step == trainer.max_steps or self._time_is_up(trainer)
+        between = trainer.fit_loop.epoch_loop._should_accumulate()
+        if due and not between and not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+            self._last_time_checked = time.monotonic()
+
+    def _time_is_up(self, trainer: Trainer) -> bool:
+        if self._train_time_interval is None:
+            return False
+        up = time.monotonic() - (self._last_time_checked or 0.0) >= self._train_time_interval.total_seconds()
+        return trainer.strategy.broadcast(up)  # processes have clocks of their own
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -66,6 +66,9 @@ class EMA(WeightAveraging):
         super().on_validation_epoch_start(trainer, pl_module)
         if (raw := self._raw()) is not None:
             raw.eval()
+            if trainer.world_size > 1:  # as DDP does in its forward pass: statistics are those of the first process
+                for buffer in raw.buffers():
+                    torch.distributed.broadcast(buffer, 0)
             raw.start_evaluation()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:

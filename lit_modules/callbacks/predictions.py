@@ -1,6 +1,7 @@
 """Predictions to a file."""
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class ImagePredictions(_OnOneDevice):
         targets, places = batch[1].tolist(), batch[2].tolist()
         top5 = [[names[c] for c in classes] for classes in outputs["classes"].tolist()]
         rows = {
-            "file": [data.file_of("predict", place) for place in places if place >= 0],
+            # A name that is not UTF-8 is written with its bytes replaced.
+            "file": [os.fsencode(data.file_of("predict", i)).decode(errors="replace") for i in places if i >= 0],
             "target": [names[t] if t >= 0 else None for t, place in zip(targets, places, strict=True) if place >= 0],
             "label": [classes[0] for classes in top5],
             "top5": top5,

@@ -342,11 +342,11 @@ def test_token_ids_outside_the_vocabulary_are_refused():
     class FakeTrainer:
         datamodule = TextDataModule()
 
-    module._trainer = FakeTrainer()
+    module._trainer = FakeTrainer()  # for validate: `fit` has settings of its own to check
     with pytest.raises(
         ValueError, match="vocab_size=100 but the tokenizer makes ids up to 256: set it to at least 257"
     ):
-        module.setup("fit")
+        module.setup("validate")
 
 
 def test_a_mistake_is_one_line_and_not_a_traceback(corpus, tmp_path):
@@ -389,7 +389,7 @@ def test_fast_dev_run_of_the_quickstart(tmp_path, monkeypatch):
 def test_a_shorter_last_step_is_logged_as_its_own(corpus, tmp_path):
     """Five batches an epoch, two a step: the third step of an epoch has one batch, and the next starts anew."""
     config = write_config(tmp_path, corpus, trainer={"log_every_n_steps": 1, "max_steps": 6, "limit_train_batches": 5})
-    more = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=5"]
+    more = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=10"]
     main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), *more])
     assert [tokens for _, tokens in rows(tmp_path / "run", "train/tokens")] == [128 * n for n in (2, 4, 5, 7, 9, 10)]
     losses = [loss for _, loss in rows(tmp_path / "run", "train/loss")]

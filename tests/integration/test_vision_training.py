@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import timm
@@ -125,6 +126,20 @@ def test_resumed_equals_uninterrupted(images, tmp_path, options, data):
             later = [pair for pair in rows(tmp_path / "whole", column) if pair[0] >= step]
             assert rows(run, column) == later, column
     assert bool(rows(tmp_path / "whole", "val/raw_top1")) == ("EMA" in str(options))
+
+
+def test_checkpoints_at_the_end_of_an_epoch_are_as_exact_as_others(images, tmp_path):
+    """30 images, 2 x 4 a step: the epochs end with steps 4 and 8, where no validation follows."""
+    config = write(tmp_path, images)
+    options = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=6", "--trainer.max_steps=10"]
+    main(fit(config, tmp_path / "whole", *options))
+    for step in (4, 8):
+        main(fit(config, tmp_path / f"from-{step}", *options, resume=checkpoint_of(tmp_path / "whole", step)))
+        assert difference(tmp_path / "whole", tmp_path / f"from-{step}", 10) == 0, step
+        saved = torch.load(checkpoint_of(tmp_path / "whole", step), weights_only=True)
+        assert saved["callbacks"]["Throughput"]["samples"] == 8 * step
+    main(fit(config, tmp_path / "sparse", "--checkpoint.every_n_train_steps=8", "--trainer.val_check_interval=100"))
+    assert [path.name for path in (tmp_path / "sparse" / "checkpoints").iterdir()] == ["step-00000008.ckpt"]
 
 
 def test_average_and_weights_are_validated_side_by_side(images, tmp_path):
@@ -266,11 +281,60 @@ def test_a_file_grows_and_trains_on(trained, images, tmp_path):
         (["--model.timm_model=test_vit", "--model.timm_args={foo: 1}"], "foo"),
         (["--data.image_size=20"], "data.image_size=20 is not a whole number of patches"),
         (["--model.label_smoothing=1.5"], "label_smoothing=1.5"),
+        (["--model.config.in_channels=1"], "in_channels=1"),
+        (["--model.timm_model=test_vit", "--data.image_size=32"], "set both"),
+        (["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=3"], "val_check_interval=3"),
+        (["--trainer.reload_dataloaders_every_n_epochs=1"], "same samples"),
     ],
 )
 def test_what_is_refused(images, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         main(fit(write(tmp_path, images), tmp_path / "run", *options))
+
+
+def test_a_training_does_not_go_on_at_another_image_size(trained, tmp_path):
+    """Nor with other classes. Evaluation does."""
+    config, run = trained
+    resume = ["--ckpt_path", str(checkpoint_of(run, 3)), "--data.image_size=24"]
+    with pytest.raises(ValueError, match=r"model.position with the shape \(1, 5, 32\), now it has \(1, 10, 32\)"):
+        main(fit(config, tmp_path / "run", "--model.config.image_size=24", *resume))
+    main(["validate", "--config", str(config), *resume, "--run_dir", str(tmp_path / "larger")])
+    (row,) = csv.DictReader((tmp_path / "larger" / "results.csv").open())
+    assert (row["img_size"], row["count"]) == ("24", "23")
+
+
+def test_other_classes_are_refused(trained, images, tmp_path):
+    config, run = trained
+    (tmp_path / "renamed").mkdir()
+    (tmp_path / "renamed" / "val").mkdir()  # which is all that an evaluation needs
+    for name, new in (("bright", "bright"), ("dark", "dusk"), ("grey", "grey")):
+        (tmp_path / "renamed" / "val" / new).symlink_to(images / "val" / name)
+    command = ["validate", "--config", str(config), "--ckpt_path", str(checkpoint_of(run, 3))]
+    with pytest.raises(ValueError, match="number 1: 'dark' in the checkpoint, 'dusk' in the data"):
+        main([*command, "--data.source", str(tmp_path / "renamed"), "--run_dir", str(tmp_path / "a")])
+    (tmp_path / "renamed" / "val" / "dusk").rename(tmp_path / "renamed" / "val" / "dark")
+    main([*command, "--data.source", str(tmp_path / "renamed"), "--run_dir", str(tmp_path / "b")])
+    with pytest.raises(ValueError, match="has no folder train/"):
+        main(fit(config, tmp_path / "c", "--data.source", str(tmp_path / "renamed")))
+
+
+def test_unreadable_images_are_counted_in_the_log(images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    broken = tmp_path / "images" / "train" / "dark" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    config = write(tmp_path, tmp_path / "images", skip_unreadable=True)
+    with pytest.warns(UserWarning, match="3.png"):
+        main(fit(config, tmp_path / "run"))  # 32 of 30 images
+    assert rows(tmp_path / "run", "train/unreadable")[-1][1] == 1
+    with pytest.raises(ValueError, match="3.png"):
+        main(fit(config, tmp_path / "strict", "--data.skip_unreadable=false"))
+
+
+def test_growth_at_a_loss_of_zero_is_no_change(trained, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(VisionModule, "probe_loss", lambda self, batch: torch.zeros(()))
+    main(fit(write(tmp_path, images, [GROWTH]), tmp_path / "run"))
+    (row,) = csv.DictReader((tmp_path / "run" / "growth.csv").open())
+    assert float(row["loss_after"]) == 0
 
 
 def test_a_timm_model_does_not_grow(images, tmp_path):
@@ -293,6 +357,7 @@ def two_processes(tmp_path_factory, images):
             fit(config, folder / "ddp", *shared, "--trainer.strategy=ddp", "--trainer.precision=64-true"),
             fit(config, folder / "fsdp", *shared, *whole, *ema),
             fit(plain, folder / "timm", *shared, *whole, "--model.timm_model=test_vit", "--trainer.max_steps=2"),
+            fit(plain, folder / "norms", *shared, *ema, "--model.timm_model=test_resnet", "--trainer.max_steps=4"),
             [
                 *["validate", "--config", str(config), "--run_dir", str(folder / "validated"), *shared],
                 *[
@@ -320,3 +385,14 @@ def test_two_processes_train_and_count_as_one(two_processes, images, tmp_path):
     assert row["count"] == "23"  # 12 of one process and 11 of the other
     assert float(row["top1"]) == pytest.approx(100 * rows(tmp_path / "ddp", "val/top1")[-1][1], abs=1e-3)
     assert len(rows(two_processes / "timm", "train/loss")) == 2
+
+
+def test_statistics_of_a_norm_are_those_of_the_first_process(two_processes, images, tmp_path):
+    """Of the weights that are validated beside their average, too: what is logged is what the checkpoint has."""
+    saved = torch.load(checkpoint_of(two_processes / "norms", 4), weights_only=True)
+    saved["state_dict"] = saved.pop("current_model_state")
+    torch.save(saved, tmp_path / "raw.ckpt")
+    command = ["validate", "--config", str(write(tmp_path, images)), "--ckpt_path", str(tmp_path / "raw.ckpt")]
+    main([*command, "--model.timm_model=test_resnet", "--run_dir", str(tmp_path / "run")])
+    alone = rows(tmp_path / "run", "val/loss")[-1][1]
+    assert rows(two_processes / "norms", "val/raw_loss")[-1][1] == pytest.approx(alone, rel=1e-5)
