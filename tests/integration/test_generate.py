@@ -2,11 +2,13 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from datamodules.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from lit_modules.callbacks import SampleText
 from lit_modules.cli import main
 from lit_modules.generate import Text, write
 from lit_modules.saved import save_tokenizer
@@ -214,3 +216,20 @@ def test_a_terminal_may_lack_characters(exported, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal)
     main(["generate", str(exported[0]), "--prompt", "a東京", "--max_new_tokens", "1"])
     assert terminal.buffer.getvalue().startswith(b"a??")
+
+
+def test_a_sample_of_a_training_goes_on_past_the_context(tmp_path):
+    class Counting(ByteTokenizer):
+        def decode(self, ids):
+            self.decoded = ids
+            return super().decode(ids)
+
+    tokenizer, model = Counting(), language_model()
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=tokenizer), default_root_dir=tmp_path)
+    module = SimpleNamespace(model=model, eval=lambda: None)
+    SampleText(prompt="def ", max_new_tokens=150, temperature=0).on_train_end(trainer, module)
+    ids = tokenizer.decoded
+    assert len(ids) == 5 + 150
+    assert ids[:64] == generate(model, [ids[:5]], 59, temperature=0)[0]
+    assert ids[64:96] == generate(model, [ids[32:64]], 32, temperature=0)[0][32:]  # the second half goes on
+    assert (tmp_path / "sample.txt").read_text().startswith("def ")
