@@ -145,7 +145,8 @@ class TokenFormerModule(LightningModule, ABC):
         """
         self.growths = growths
         width = math.prod(record["width"] for record in growths)
-        if width > 1 and self.model.config.dim != width * self.config.dim:  # its contents come with the checkpoint
+        dim = width * self.config.dim
+        if getattr(getattr(self.model, "config", None), "dim", dim) != dim:  # its contents come with the checkpoint
             self.install(self.build_model(width).to(next(self.model.parameters())))
         prefix = "model."
         shapes = {name.removeprefix(prefix): t.shape for name, t in saved.items() if name.startswith(prefix)}
@@ -155,9 +156,9 @@ class TokenFormerModule(LightningModule, ABC):
 
     def freeze_old(self) -> None:
         """Freeze what is older than the last growth, if that growth says so, and nothing else."""
-        if not self.growths:
+        if not pattention_layers(self.model):
             return  # a timm model may have parameters that are never trained
-        only_new = self.growths[-1]["train"] == "new" and self._trainer is not None
+        only_new = self.growths and self.growths[-1]["train"] == "new" and self._trainer is not None
         new = set(self.growths[-1]["new"]) if only_new else None
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(new is None or name in new)
