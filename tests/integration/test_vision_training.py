@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 from pyarrow.parquet import read_table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.data import create_dataset, create_loader
 from timm.utils import AverageMeter, accuracy
 from torch.nn import functional as F
@@ -217,9 +218,9 @@ def test_numbers_are_those_of_timms_evaluation(shared_data, tmp_path, caplog, ti
 
 def test_results_of_several_evaluations_go_into_one_file(trained, tmp_path):
     config, run = trained
-    for step in (3, 40):
+    for command, step in (("validate", 3), ("test", 40)):
         folder = ["--trainer.default_root_dir", str(tmp_path), "--name", "shapes"]
-        main(["validate", "--config", str(config), "--ckpt_path", str(checkpoint_of(run, step)), *folder])
+        main([command, "--config", str(config), "--ckpt_path", str(checkpoint_of(run, step)), *folder])
     found = list(csv.DictReader((tmp_path / "shapes" / "results.csv").open()))
     assert [row["model"] for row in found] == ["shapes", "shapes"]
     assert [row["count"] for row in found] == ["23", "23"]
@@ -241,6 +242,8 @@ def test_mistakes_are_drawn(images, tmp_path):
     assert rows(tmp_path / "run", "val/top1")[-1][1] < 1
     picture = Image.open(tmp_path / "run" / "mistakes.png")
     assert len(picture.convert("L").getcolors()) > 50
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert {"train/batch", "val/mistakes"} <= set(events.Tags()["images"])
 
 
 def test_predicting_images_without_labels(trained, images, tmp_path):
