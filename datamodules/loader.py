@@ -114,5 +114,6 @@ def loading(num_workers: int) -> dict[str, Any]:
 
 
 def rank_of(data: LightningDataModule) -> tuple[int, int]:
-    """(rank, number of ranks) of the trainer, if there is one."""
-    return (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)
+    """(rank, number of ranks) among those that train on different samples."""
+    place = data.trainer.distributed_sampler_kwargs if data.trainer else None
+    return (place["rank"], place["num_replicas"]) if place else (0, 1)

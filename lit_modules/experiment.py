@@ -128,7 +128,7 @@ class ExperimentCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str | None, help="of the experiment (default: the config file's)")
+        parser.add_argument("--name", type=str | None, help="of the experiment (default: the first config file's)")
         parser.add_argument("--run_dir", type=str | None, help="the run's folder (default: runs/NAME/DATE-TIME-RANDOM)")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(ModelCheckpoint, "best")
@@ -245,9 +245,9 @@ def _settle(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
 
 
 def _config_name(args: list[str]) -> str:
-    """The name of the last config file on the command line, without its ending."""
-    files = re.findall(r"(?:^|\n)(?:-c|--config)[\n=]([^\n]+)", "\n".join(args))
-    return Path(files[-1]).stem if files else "run"
+    """The name of the first config file on the command line, without its ending; others change how it is run."""
+    file = re.search(r"(?:^|\n)(?:-c|--config)[\n=]([^\n]+)", "\n".join(args))
+    return Path(file[1]).stem if file else "run"
 
 
 def _new_run_dir(experiment: Path, subcommand: str) -> Path:

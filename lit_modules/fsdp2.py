@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tokenformer.growth import pattention_layers
 
@@ -27,22 +27,44 @@ class FSDP2(ModelParallelStrategy):
     ModelParallelStrategy, for models that grow: a resumed run takes the size of the checkpoint before it loads, new
     tokens are sharded, and a full checkpoint has the form that one process writes, so that each reads the other's.
 
+    With `tensor_parallel_size` P the devices form groups of P neighbours, that train on the same samples: each has 1/P
+    of every layer's parameter tokens, and does 1/P of the work on them. That lets a model train whose operators are too
+    large for a device, but what is sent is waited for: keep a group within a node.
+
     Args:
+        tensor_parallel_size: P; 1 is data parallelism alone. The number of devices and all token counts, before and
+            after growth, have to be multiples of it.
         save_distributed_checkpoint: true: a folder to which each process writes its part; false: one file.
         process_group_backend: nccl, gloo; default by device.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+    ) -> None:
         super().__init__(
-            tensor_parallel_size=1,
+            tensor_parallel_size=tensor_parallel_size,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
         )
 
     def setup_environment(self) -> None:
-        """Take all devices for data parallelism."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        """Divide the devices into groups, and take those for data parallelism."""
+        devices, size = self.num_nodes * self.num_processes, self.tensor_parallel_size
+        if size < 1 or devices % size:
+            raise ValueError(
+                f"trainer.strategy.tensor_parallel_size={size}: {devices} devices can't be divided into such groups"
+            )
+        self._data_parallel_size = devices // size
         super().setup_environment()
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Devices that have the parameter tokens together."""
+        assert isinstance(self._tensor_parallel_size, int)
+        return self._tensor_parallel_size
 
     def _modules(self) -> list[Any]:
         """The module in training and its averages."""
@@ -54,7 +76,7 @@ class FSDP2(ModelParallelStrategy):
     def shard_new_segments(self) -> None:
         """Make every segment that is not part of a block's unit a unit of its own."""
         for module in self._modules():
-            shard_segments(module, self.device_mesh["data_parallel"])
+            shard_segments(module, self.device_mesh)
 
     def reshard(self) -> None:
         """Give back what a forward pass without a backward pass has left gathered."""
@@ -164,10 +186,22 @@ StrategyRegistry.register("fsdp2", FSDP2, description="fully sharded data parall
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard a model: each block is a unit, and what is outside the blocks is one."""
+    """Shard a model: each block is a unit, and what is outside the blocks is one.
+
+    Args:
+        model: whole, and the same in every process.
+        mesh: with the dimensions data_parallel and tensor_parallel.
+
+    Raises:
+        ValueError: when its tokens can't be divided.
+    """
+    check_shares(model, mesh["tensor_parallel"].size())
+    for layer in pattention_layers(model).values():
+        for segment in layer.segments:
+            share_tokens(segment, mesh["tensor_parallel"])
     for block in blocks_of(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
     for method in ("loss", "nats_and_entropy"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
@@ -183,7 +217,40 @@ def shard_segments(model: nn.Module, mesh: DeviceMesh) -> None:
     for layer in pattention_layers(model).values():
         for segment in layer.segments:
             if not isinstance(segment.keys, DTensor):
-                fully_shard(segment, mesh=mesh, reshard_after_forward=False)  # its tensors are read after its call
+                share_tokens(segment, mesh["tensor_parallel"])
+                # Its tensors are read after its call.
+                fully_shard(segment, mesh=mesh["data_parallel"], reshard_after_forward=False)
+
+
+def check_shares(model: nn.Module, size: int) -> None:
+    """Whether every segment of a model can be divided into equal shares for tensor parallelism.
+
+    Raises:
+        ValueError: if not; or when a layer has a norm that is not made for it.
+    """
+    layers: dict[str, Any] = pattention_layers(model) if size > 1 else {}
+    for name, layer in layers.items():
+        if layer.score_norm != "l2_norm_gelu":
+            raise ValueError(
+                f"trainer.strategy.tensor_parallel_size={size} needs model.config.score_norm=l2_norm_gelu, "
+                f"not {layer.score_norm}"
+            )
+        for segment in layer.segments:
+            if segment.num_tokens % size:
+                raise ValueError(
+                    f"{name} has (or gets by a growth) {segment.num_tokens} parameter tokens at once: "
+                    f"no multiple of trainer.strategy.tensor_parallel_size={size}"
+                )
+
+
+def share_tokens(segment: Any, mesh: DeviceMesh) -> None:
+    """Leave a process its share of the tokens, in order: as many as each other one of the mesh has."""
+    if mesh.size() == 1:
+        return
+    for part in ("keys", "values"):
+        whole = getattr(segment, part)
+        share = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)  # all processes have it whole
+        setattr(segment, part, nn.Parameter(share, requires_grad=whole.requires_grad))
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:

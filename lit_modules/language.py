@@ -79,7 +79,7 @@ class LanguageModule(TokenFormerModule):
             for block in model.backbone.blocks:
                 block.compile()
         if self._device_mesh is not None:
-            shard(model, self._device_mesh["data_parallel"])
+            shard(model, self._device_mesh)
 
     def setup(self, stage: str) -> None:
         """Check model and data against each other before any work is done."""

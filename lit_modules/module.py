@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_modules.loggers import is_log_step
-from lit_modules.optim import OptimConfig, adamw, check_schedule, lr_factor, param_groups, regroup
+from lit_modules.optim import (
+    OptimConfig,
+    adamw,
+    check_schedule,
+    clip_grad_norm,
+    lr_factor,
+    param_groups,
+    regroup,
+)
+from lit_modules.strategies import data_parallel
 from tokenformer.config import BackboneConfig
 from tokenformer.growth import anneal_taus, pattention_layers
 from tokenformer.interop import start_from
@@ -222,7 +231,7 @@ class TokenFormerModule(LightningModule, ABC):
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if data is None:
                 raise ValueError(f"optim.lr_batch={self.optim.lr_batch}: needs a datamodule, for its batch_size")
-            batch = data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+            batch = data.batch_size * data_parallel(self.trainer)[1] * self.trainer.accumulate_grad_batches
             self._peak_lr *= batch / self.optim.lr_batch
             rank_zero_info(
                 f"peak learning rate {self._peak_lr:.3g}: optim.lr={self.optim.lr:g} for {self.optim.lr_batch} "
@@ -256,7 +265,7 @@ class TokenFormerModule(LightningModule, ABC):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed what is random in this step; move annealed taus on, once an optimizer step."""
         part = batch_idx % self.trainer.accumulate_grad_batches
-        place = (self._seed, self.trainer.global_rank, self.trainer.global_step, part)
+        place = (self._seed, data_parallel(self.trainer)[0], self.trainer.global_step, part)
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         if self.growths and part == 0:
             left = self.growths[-1]["anneal_until"] - self.trainer.global_step
@@ -317,4 +326,4 @@ class TokenFormerModule(LightningModule, ABC):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
         self._lr = optimizer.param_groups[0]["lr"]  # with layer_decay: that of the last layers
         limit = gradient_clip_val or math.inf
-        self._grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self._grad_norm = clip_grad_norm(self.parameters(), limit)

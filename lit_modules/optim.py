@@ -1,12 +1,13 @@
 """AdamW with decay groups, and learning rate schedules that depend on the step alone."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -140,6 +141,22 @@ def match_by_name(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> di
         like = saved["param_groups"][min(i, len(saved["param_groups"]) - 1)]
         groups.append(like | {"params": numbers, "param_names": names})
     return {"state": state, "param_groups": groups}
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:
+    """Torch's clip_grad_norm_, also for gradients on several meshes of devices; returns the total norm, one element."""
+    by_mesh: dict[Any, list[nn.Parameter]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            by_mesh.setdefault(getattr(p.grad, "device_mesh", None), []).append(p)
+    norms = [nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]) for params in by_mesh.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
+    if limit < math.inf:
+        for params in by_mesh.values():
+            nn.utils.clip_grads_with_norm_(params, limit, total)
+    return total
 
 
 def regroup(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ Private names of Lightning and torch that this leans on: `DistributedDataParalle
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
@@ -13,6 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_modules.fsdp2 import FSDP2
+
+
+def data_parallel(trainer: Any) -> tuple[int, int]:
+    """(rank, number) among the devices that train on different samples; in tensor parallelism a group counts once."""
+    place = trainer.distributed_sampler_kwargs  # None on a single device
+    return (place["rank"], place["num_replicas"]) if place else (0, 1)
 
 
 def check_strategy(strategy: Strategy) -> None:

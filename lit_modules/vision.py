@@ -16,6 +16,7 @@ from lit_modules.fsdp2 import blocks_of, shard
 from lit_modules.loggers import is_log_step
 from lit_modules.module import TokenFormerModule
 from lit_modules.optim import OptimConfig
+from lit_modules.strategies import data_parallel
 from tokenformer import TokenFormerViT, ViTConfig
 from tokenformer.config import widened
 
@@ -112,7 +113,7 @@ class VisionModule(TokenFormerModule):
             for block in blocks_of(model) or [model]:
                 block.compile()
         if self._device_mesh is not None:
-            shard(model, self._device_mesh["data_parallel"])
+            shard(model, self._device_mesh)
         self._flops: dict[torch.Size, int] = {}  # of an image, for a timm model
 
     def setup(self, stage: str) -> None:
@@ -214,6 +215,8 @@ class VisionModule(TokenFormerModule):
     def evaluation(self, trainer: Any, stage: str) -> dict[str, Tensor]:
         """Mean loss and accuracies over all images of all ranks."""
         nats, images = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
+        copies = trainer.world_size // data_parallel(trainer)[1]  # devices that share the tokens see the same images
+        nats, images = nats / copies, images / copies
         self.num_evaluated, expected = int(images), self._expected(trainer, stage)
         if expected is not None and self.num_evaluated != expected:
             raise RuntimeError(f"{stage}: {self.num_evaluated:,} images were evaluated, the split has {expected:,}")

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 ScoreNorm = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
@@ -62,14 +63,23 @@ def pattention(
 
 
 def _attend(
-    x: Tensor, keys: list[Tensor], values: list[Tensor], scale: Tensor | float, score_norm: ScoreNorm
+    x: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    scale: Tensor | float,
+    score_norm: ScoreNorm,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
-    """:func:`pattention` to parameter tokens in several segments, which are normalised together."""
+    """:func:`pattention` to parameter tokens in several segments, which are normalised together.
+
+    With a `group` of processes, these are the process's share of the tokens, as many as each other one's; x is the same
+    in all of them, and so is the result.
+    """
     if (dtype := autocast_dtype(x.device)) is None:
-        return _attend_as_given(x, keys, values, scale, score_norm)
+        return _attend_as_given(x, keys, values, scale, score_norm, group)
     with torch.autocast(x.device.type, enabled=False):  # the operator chooses its own precisions
         keys, values = ([tokens.to(dtype) for tokens in segments] for segments in (keys, values))
-        return _attend_as_given(x.to(dtype), keys, values, scale, score_norm)
+        return _attend_as_given(x.to(dtype), keys, values, scale, score_norm, group)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -80,7 +90,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _attend_as_given(
-    x: Tensor, keys: list[Tensor], values: list[Tensor], scale: Tensor | float, score_norm: ScoreNorm
+    x: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    scale: Tensor | float,
+    score_norm: ScoreNorm,
+    group: ProcessGroup | None,
 ) -> Tensor:
     if score_norm == "l2_norm_gelu":
         tau = scale if isinstance(scale, Tensor) else torch.full((1,), scale, dtype=torch.float64, device=x.device)
@@ -89,8 +104,10 @@ def _attend_as_given(
             keys, values = [_joined(keys)], [_joined(values)]
         tensors = (x_TD, tau, *keys, *values)
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        out_TD = _L2NormGELU.apply(*tensors) if needs_grad else _forward(x_TD, tau, keys, values)[0]
+        out_TD = _L2NormGELU.apply(group, *tensors) if needs_grad else _forward(group, x_TD, tau, keys, values)[0]
         return out_TD.view(*x.shape[:-1], out_TD.shape[-1])
+    if group is not None:
+        raise ValueError(f"score_norm={score_norm!r}: only l2_norm_gelu divides its tokens among devices")
     scores = x @ _joined(keys).T  # (..., N)
     if score_norm == "softmax":
         weights = scores.softmax(-1) * scale  # subtracts the row's maximum, so it can't overflow
@@ -105,17 +122,31 @@ def _joined(segments: list[Tensor]) -> Tensor:
     return segments[0] if len(segments) == 1 else torch.cat(segments)
 
 
-def _row_factor(rows: Tensor, scale: Tensor | float) -> Tensor:
-    """Return tau / |row|, shape (..., 1), at least float32; 0 (not infinite) where a row is all zero."""
+def _row_factor(rows: Tensor, scale: Tensor | float, group: ProcessGroup | None = None) -> Tensor:
+    """Return tau / |row|, shape (..., 1), at least float32; 0 (not infinite) where a row is all zero.
+
+    With a `group`, its processes have different columns of the rows.
+    """
     wide = torch.promote_types(rows.dtype, torch.float32)
     # On the CPU a wide norm of bfloat16 copies all rows to float32 first; its own kernel sums in float32 anyway.
     sum_in = None if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" else wide
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=sum_in).to(wide)
+    if group is not None:
+        norm = _sum_over(group, norm.square()).sqrt()
     scale = scale.to(wide) if isinstance(scale, Tensor) else scale
     return torch.where(norm > 0, scale / torch.where(norm > 0, norm, 1), 0)
 
 
-def _forward(x: Tensor, tau: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _sum_over(group: ProcessGroup | None, tensor: Tensor) -> Tensor:
+    """Add up the tensors of all processes of a group, in place."""
+    if group is not None:
+        distributed.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _forward(
+    group: ProcessGroup | None, x: Tensor, tau: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """(out (T, D_out), z (T, N) the GELU's input, factor (T, 1) = tau / |A|). Allocates one T x N buffer, z."""
     sizes = [len(segment) for segment in keys]
     T, N = x.shape[0], sum(sizes)
@@ -129,10 +160,10 @@ def _forward(x: Tensor, tau: Tensor, keys: Sequence[Tensor], values: Sequence[Te
             torch.mm(x_block, segment.T, out=scores)
         # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU. The clamp keeps
         # the factor of a tiny row finite in float16.
-        factor_block.copy_(_row_factor(z_block, tau).clamp_max(torch.finfo(z.dtype).max))
+        factor_block.copy_(_row_factor(z_block, tau, group).clamp_max(torch.finfo(z.dtype).max))
         z_block.mul_(factor_block)
         _sum_of_products(F.gelu(z_block).split(sizes, dim=1), values, out_block)
-    return out, z, factor
+    return _sum_over(group, out), z, factor
 
 
 def _sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -146,7 +177,8 @@ class _L2NormGELU(torch.autograd.Function):
     """The fused operator. Keeps one T x N buffer (z) for the backward pass; GELU is computed again from it.
 
     Keys and values come in segments, all keys and then all values; each has its columns of that buffer, so that
-    nothing is concatenated.
+    nothing is concatenated. Where a group of processes shares the tokens, the squared norm and the output are added up
+    over it, and so are r and dL/dx in the backward pass.
 
     Backward (paper, App. A): with z = tau A / |A|, g = dL/dz and r = g . z per row,
         dL/dA = (tau / |A|) (g - z r / tau^2),    dL/dtau = sum r / tau.
@@ -154,9 +186,10 @@ class _L2NormGELU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tau: Tensor, *keys_and_values: Tensor) -> Tensor:
+    def forward(ctx: Any, group: ProcessGroup | None, x: Tensor, tau: Tensor, *keys_and_values: Tensor) -> Tensor:
         half = len(keys_and_values) // 2
-        out, z, factor = _forward(x, tau, keys_and_values[:half], keys_and_values[half:])
+        out, z, factor = _forward(group, x, tau, keys_and_values[:half], keys_and_values[half:])
+        ctx.group = group
         ctx.save_for_backward(x, tau, z, factor, *keys_and_values)
         return out
 
@@ -166,7 +199,7 @@ class _L2NormGELU(torch.autograd.Function):
         x, tau, z, factor, *keys_and_values = ctx.saved_tensors
         half = len(keys_and_values) // 2
         keys, values = keys_and_values[:half], keys_and_values[half:]
-        needs_x, needs_tau, *needs_segments = ctx.needs_input_grad
+        _, needs_x, needs_tau, *needs_segments = ctx.needs_input_grad
         needs_keys, needs_values = needs_segments[:half], needs_segments[half:]
         sizes, num_tokens = [len(segment) for segment in keys], z.shape[1]
         grad_x = grad_tau = None
@@ -183,16 +216,16 @@ class _L2NormGELU(torch.autograd.Function):
             zero = grad.new_zeros(())
             r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2)
             wide = torch.promote_types(z.dtype, torch.float32)
-            tau_wide = tau.to(wide)
+            r_wide, tau_wide = _sum_over(ctx.group, r.to(wide)), tau.to(wide)
             if needs_tau:
-                grad_tau = (r.to(wide).sum() * num_tokens / tau_wide).to(tau.dtype).view_as(tau)
-            grad.addcmul_(z, (r.to(wide) * (-num_tokens / tau_wide**2)).to(z.dtype))  # |A| / tau * dL/dA
+                grad_tau = (r_wide.sum() * num_tokens / tau_wide).to(tau.dtype).view_as(tau)
+            grad.addcmul_(z, (r_wide * (-num_tokens / tau_wide**2)).to(z.dtype))  # |A| / tau * dL/dA
             if needs_x:
-                grad_x = _sum_of_products(columns, keys, torch.empty_like(x)).mul_(factor)
+                grad_x = _sum_over(ctx.group, _sum_of_products(columns, keys, torch.empty_like(x)).mul_(factor))
             if any(needs_keys):
                 scaled = x * factor
                 grad_keys = [c.T @ scaled if needed else None for c, needed in zip(columns, needs_keys, strict=True)]
-        return grad_x, grad_tau, *grad_keys, *grad_values
+        return None, grad_x, grad_tau, *grad_keys, *grad_values
 
 
 class _HasTau(nn.Module):
@@ -359,15 +392,19 @@ class Pattention(_HasTau):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
         operators: list[tuple[list[Tensor], list[Tensor], Any]] = []
+        group = None
         for segment in self.segments:
             its_keys, its_values, scale = segment()
+            if hasattr(its_keys, "device_mesh"):  # a DTensor: the tokens are divided among processes
+                group = its_keys.device_mesh.get_group()
+                its_keys, its_values = its_keys.to_local(), its_values.to_local()
             if scale is not None or not operators:
                 operators.append(([], [], self.scale_now() if scale is None else scale))
             operators[-1][0].append(its_keys)
             operators[-1][1].append(its_values)
         out = None
         for keys, values, scale in operators:
-            added = _attend(x, keys, values, scale, self.score_norm)
+            added = _attend(x, keys, values, scale, self.score_norm, group)
             out = added if out is None else out + added
         assert out is not None
         return out

@@ -13,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_modules.callbacks.throughput import Throughput
-from lit_modules.fsdp2 import FSDP2
+from lit_modules.fsdp2 import FSDP2, check_shares
 from lit_modules.growth import Recipe, Stage, describe, grow_modules, rehearse, write_growths
 from lit_modules.module import TokenFormerModule
 from lit_modules.optim import check_schedule
-from lit_modules.strategies import adopt_growth, check_strategy, require_equal_ranks
+from lit_modules.strategies import adopt_growth, check_strategy, data_parallel, require_equal_ranks
 from tokenformer.growth import Init, ScaleAfter, pattention_layers
 
 
@@ -96,7 +96,9 @@ class GrowParameterTokens(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which ends before any of them
             self._check_moments(trainer, [stage.at_step for stage in self.stages])
         with torch.device("meta"):
-            list(rehearse(pl_module.build_model(), self.stages, self.recipe, self.verify))
+            for grown in rehearse(pl_module.build_model(), self.stages, self.recipe, self.verify):
+                if isinstance(trainer.strategy, FSDP2):
+                    check_shares(grown, trainer.strategy.tensor_parallel_size)
 
     def _check_sharded(self, module: TokenFormerModule) -> None:
         """What can't be done to parameters of which each process has a part."""
@@ -128,7 +130,7 @@ class GrowParameterTokens(Callback):
         for stage in self.stages[len(past) :]:
             step = stage.at_step
             if stage.at_tokens is not None and per_batch is not None:
-                per_step = per_batch * trainer.world_size * trainer.accumulate_grad_batches
+                per_step = per_batch * data_parallel(trainer)[1] * trainer.accumulate_grad_batches
                 missing = stage.at_tokens - self._counter(trainer).tokens
                 step = trainer.global_step + max(0, math.ceil(missing / per_step))
             steps.append(step)

@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from lit_modules.hardware import device_name, peak_flops
 from lit_modules.loggers import is_log_step
+from lit_modules.strategies import data_parallel
 
 
 class Throughput(Callback):
@@ -61,9 +62,10 @@ class Throughput(Callback):
             self._paused_at = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.samples += len(batch[0]) * trainer.world_size
-        self.tokens += pl_module.num_tokens(batch) * trainer.world_size
-        self.flops += pl_module.training_flops(batch) * trainer.world_size
+        _, batches = data_parallel(trainer)
+        self.samples += len(batch[0]) * batches
+        self.tokens += pl_module.num_tokens(batch) * batches
+        self.flops += pl_module.training_flops(batch) * batches
         if trainer.global_step == self._step or not is_log_step(trainer):
             return
         self._step = trainer.global_step

@@ -49,7 +49,9 @@ def plain(tmp_path_factory):
 
 def module(source, rank=0, world_size=1, **settings):
     data = ImageDataModule(str(source), **{"image_size": 16, "batch_size": 4, "num_workers": 0} | settings)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, accumulate_grad_batches=1)
+    data.trainer = SimpleNamespace(
+        distributed_sampler_kwargs={"rank": rank, "num_replicas": world_size}, accumulate_grad_batches=1
+    )
     data.setup("fit")
     return data
 

@@ -13,7 +13,15 @@ PLAIN = re.compile(r"class_path: (LanguageModule|VisionModule|TextDataModule|Ima
 
 
 def test_no_config_is_left_out():
-    assert sorted(PATHS) == sorted(CONFIGS.rglob("*.yaml"))
+    assert sorted([*PATHS, *configs("strategy")]) == sorted(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", configs("strategy"), ids=lambda path: path.stem)
+def test_strategy_says_how_it_is_used(path):
+    """What it does: test_scale_out.py."""
+    command = re.search(r"\n#   tokenformer fit --config (\S+) --config (\S+)\n", path.read_text())
+    assert (ROOT / command[1]) in PATHS
+    assert command[2] == str(path.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)

@@ -99,7 +99,12 @@ def test_speed_counts_waiting_for_data_and_not_validation_or_saving(monkeypatch)
     )
     loader = SimpleNamespace(waited=0.5)  # before the training began
     trainer = SimpleNamespace(
-        global_step=0, world_size=2, log_every_n_steps=2, precision="32-true", train_dataloader=loader
+        global_step=0,
+        distributed_sampler_kwargs={"rank": 1, "num_replicas": 2},
+        world_size=2,
+        log_every_n_steps=2,
+        precision="32-true",
+        train_dataloader=loader,
     )
     speed = Throughput()
     speed.on_train_start(trainer, module)
@@ -132,7 +137,12 @@ def test_growth_is_not_training_time(monkeypatch):
     module = SimpleNamespace(device=torch.device("cpu"), log_dict=logged.append, growths=[], samples="sequences")
     module.training_flops, module.num_tokens = lambda batch: 1, lambda batch: 100
     trainer = SimpleNamespace(
-        global_step=0, world_size=1, log_every_n_steps=1, precision="32-true", train_dataloader=None
+        global_step=0,
+        distributed_sampler_kwargs=None,
+        world_size=1,
+        log_every_n_steps=1,
+        precision="32-true",
+        train_dataloader=None,
     )
     speed = Throughput()
     speed.on_train_start(trainer, module)

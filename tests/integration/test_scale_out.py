@@ -1,0 +1,125 @@
+"""Tensor parallelism of Pattention equals one device, in training, growth and resume; the strategy configs run."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from lightning import Callback
+
+from lit_modules.callbacks import GrowParameterTokens
+from lit_modules.cli import main
+from lit_modules.fsdp2 import FSDP2, check_shares
+from lit_modules.language import LanguageModule
+from lit_modules.optim import OptimConfig
+from tests.conftest import ROOT
+from tests.integration.growing import checkpoint_of, config_of, contents, difference, fit, logged
+from tests.integration.processes import run_in_processes
+from tokenformer import LMConfig, TokenFormerLM
+from tokenformer.growth import pattention_layers
+
+STRATEGIES = ROOT / "configs" / "strategy"
+EXACT = ["--model.config.scale=learned", "--trainer.precision=32-true"]
+EMA = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
+
+
+def strategy(name, num_devices):
+    """Options that add a strategy's config, for this machine."""
+    return ["--config", str(STRATEGIES / f"{name}.yaml"), f"--trainer.devices={num_devices}"]
+
+
+SHARED = strategy("fsdp2-tensor-parallel", 4)
+ONE_FILE = [*SHARED, "--trainer.strategy.save_distributed_checkpoint=false"]
+BATCHES = ["--data.batch_size=2"]  # on each of two groups of two devices; one device takes 4 sequences
+
+
+class WriteShares(Callback):
+    """Writes how many tokens of each segment a process has, at the end."""
+
+    def on_train_end(self, trainer, pl_module):
+        layers = pattention_layers(pl_module.model)
+        shares = {name: [len(s.keys.to_local()) for s in layer.segments] for name, layer in layers.items()}
+        path = f"{trainer.default_root_dir}/shares-{trainer.global_rank}.json"
+        with open(path, "w") as file:
+            json.dump(shares, file)
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """Folder of runs on one device, and on four in groups of two."""
+    folder = tmp_path_factory.mktemp("shared")
+    config = config_of(folder, corpus)
+    main(fit(config, folder / "one", *EXACT, *EMA))
+    write = "--trainer.callbacks+=tests.integration.test_scale_out.WriteShares"
+    accumulated = [*SHARED, "--data.batch_size=1", "--trainer.accumulate_grad_batches=2"]
+    exact = [*ONE_FILE, *BATCHES, *EXACT, *EMA]
+    run_in_processes(
+        [
+            fit(config, folder / "shared", *exact, write),
+            fit(config, folder / "from-one", *exact, resume=checkpoint_of(folder / "one", 8)),
+            fit(config, folder / "bf16", *accumulated),
+            fit(config, folder / "bf16-resumed", *accumulated, resume=checkpoint_of(folder / "bf16", 8)),
+        ],
+        num_processes=4,
+    )
+    main(fit(config, folder / "to-one", *EXACT, *EMA, resume=checkpoint_of(folder / "shared", 8)))
+    return folder
+
+
+@pytest.mark.parametrize("run", ["shared", "from-one", "to-one"])
+def test_shared_tokens_equal_one_device(runs, run):
+    """Weights, average and Adam's moments, after training and two growths."""
+    assert difference(runs / "one", runs / run) < 2e-6
+    first = 0 if run == "shared" else 8
+    for column, pairs in logged(runs / "one", first).items():
+        got = dict(logged(runs / run, first)[column])
+        assert got == pytest.approx(dict(pairs), rel=1e-6), column
+    moved = contents(runs / "one")["model.backbone.blocks.0.ffn.tau_gain"]
+    assert moved.abs() > 1e-4  # so its gradient was right too
+
+
+def test_shared_tokens_resume_to_the_bit(runs):
+    assert difference(runs / "bf16", runs / "bf16-resumed") == 0
+    assert logged(runs / "bf16", 8) == logged(runs / "bf16-resumed", 8)
+
+
+def test_growth_keeps_the_shares_equal(runs):
+    shares = [json.loads((runs / f"shared/shares-{rank}.json").read_text()) for rank in range(4)]
+    assert all(share == shares[0] for share in shares)
+    assert shares[0]["backbone.blocks.0.ffn"] == [8, 8, 16]  # of 32, 32, 64 tokens
+    assert shares[0]["backbone.blocks.1.attention.query"] == [4, 4, 8]
+
+
+def test_counts_that_cant_be_divided_are_refused_before_training(corpus, tmp_path):
+    config = config_of(tmp_path, corpus)
+    share = ["--trainer.devices=1", "--trainer.strategy=FSDP2", "--trainer.strategy.tensor_parallel_size=2"]
+    with pytest.raises(ValueError, match="tensor_parallel_size=2: 1 devices can't be divided"):
+        main(fit(config, tmp_path / "run", *share))
+    sizes = {"vocab_size": 64, "depth": 1, "dim": 16, "num_heads": 2, "qkv_tokens": 16, "ffn_tokens": 16}
+    module = LanguageModule(LMConfig(**sizes, proj_tokens=16, max_seq_len=8), OptimConfig())
+    trainer = SimpleNamespace(
+        strategy=FSDP2(tensor_parallel_size=2), fast_dev_run=False, precision="32-true", max_steps=9
+    )
+    GrowParameterTokens([{"at_step": 6, "qkv": 18}]).setup(trainer, module, "fit")
+    with pytest.raises(ValueError, match=r"gets by a growth\) 3 parameter tokens at once: no multiple"):
+        GrowParameterTokens([{"at_step": 6, "qkv": 19}]).setup(trainer, module, "fit")
+    softmax = TokenFormerLM(LMConfig(**sizes, proj_tokens=16, score_norm="softmax"))
+    with pytest.raises(ValueError, match="needs model.config.score_norm=l2_norm_gelu, not softmax"):
+        check_shares(softmax, 2)
+
+
+def test_strategy_configs_compose_with_an_experiment(corpus, tmp_path):
+    """(fsdp2-tensor-parallel: above.)"""
+    config = config_of(tmp_path, corpus)
+    commands = {}
+    for name, num_devices in (("one-device", 1), ("ddp", 2), ("fsdp2", 2)):
+        short = ["--trainer.max_steps=2", "--model.optim.schedule=constant", "--trainer.callbacks=null"]
+        options = [*strategy(name, num_devices), f"--data.batch_size={4 // num_devices}", *short]
+        commands[name] = fit(config, tmp_path / name, *options)
+    main(commands.pop("one-device"))
+    run_in_processes([*commands.values()])
+    losses = {name: logged(tmp_path / name)["train/loss"] for name in ("one-device", *commands)}
+    for name, pairs in losses.items():
+        assert checkpoint_of(tmp_path / name, 2).exists()
+        assert yaml.safe_load((tmp_path / name / "config.yaml").read_text())["name"] == "tiny"
+        assert dict(pairs) == pytest.approx(dict(losses["one-device"]), rel=1e-2)  # fsdp2 is in bfloat16
