@@ -2,7 +2,6 @@
 
 import csv
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -346,11 +345,3 @@ def test_an_exported_model_grows(tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             main(["grow", *arguments])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="16-mixed scales losses on a GPU only; there is none here")
-def test_growth_in_16_mixed(corpus, tmp_path):
-    config = config_of(tmp_path, corpus, trainer={"accelerator": "gpu"})
-    main(fit(config, tmp_path / "run", "--trainer.precision=16-mixed"))
-    assert len(list(csv.DictReader((tmp_path / "run/growth.csv").open()))) == 2
-    assert Path(checkpoint_of(tmp_path / "run", 14)).exists()

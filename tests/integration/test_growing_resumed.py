@@ -97,8 +97,13 @@ FULL = [
 EMA = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
 TWO = {
     "ddp": (DDP, {}),
-    "ddp, static graph": (
-        [*TWO_DEVICES, "--trainer.strategy.class_path=DDPStrategy", "--trainer.strategy.static_graph=true"],
+    "ddp, static graph, bf16-true": (
+        [
+            *TWO_DEVICES,
+            "--trainer.strategy.class_path=DDPStrategy",
+            "--trainer.strategy.static_graph=true",
+            "--trainer.precision=bf16-true",
+        ],
         {"init": "segment_norm"},
     ),
     "ddp, bucket views, EMA, accumulation, bf16-mixed": (
