@@ -19,7 +19,7 @@ commands:
                                       tokenformer predict --config FILE --ckpt_path last --data.predict_source FOLDER
   prepare    download and tokenize the data and stop
                                       tokenformer prepare --config FILE
-  plan       what training a language model would cost at each size it grows to: FLOPs, memory, hours
+  plan       what training a language model would cost at each size it grows to, and on 1 to 1,024 devices
                                       tokenformer plan --config FILE
   grow       append parameter tokens to a checkpoint or an exported model
                                       tokenformer grow CKPT --factor 2 --out FILE

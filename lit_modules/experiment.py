@@ -71,20 +71,22 @@ class Trainer(lightning.Trainer):
         devices: int | None = None,
         mfu: float = 0.4,
         device: str = "H100",
+        network: float | None = None,
         out: str | None = None,
     ) -> None:
-        """Print what the run would cost, a row for each size that it grows to.
+        """Print what the run would cost, a row for each size that it grows to; and the last size on 1 to 1,024 devices.
 
         Args:
             model: the configured one.
             datamodule: the configured one.
             devices: of all machines together. Default: those of the config.
             mfu: share of the device's peak that the training reaches.
-            device: whose peak: H100, A100, ...
-            out: a CSV file for the numbers, in bytes, FLOPs and hours.
+            device: whose peak, memory and links: H100, A100, ...
+            network: GB/s that a device sends between nodes. Default: what such devices usually come with.
+            out: a CSV file for the numbers, in bytes, FLOPs and hours; those of the second table: OUT-devices.csv.
         """
         assert devices is not None  # settled before anything was built
-        print(plan(model, datamodule, self, devices=devices, mfu=mfu, device=device, out=out))
+        print(plan(model, datamodule, self, devices=devices, mfu=mfu, device=device, network=network, out=out))
 
 
 class ArgumentParser(LightningArgumentParser):

@@ -1,8 +1,8 @@
-"""What a run would cost, before it starts: a table with a row for each size that the model grows to."""
+"""What a run would cost, before it starts: each size that the model grows to, and the last one on many devices."""
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from lit_modules import scaling
 from lit_modules.callbacks import GrowParameterTokens
 from lit_modules.growth import Stage, count_by_kind, rehearse
-from lit_modules.hardware import PEAKS, peak_flops
+from lit_modules.hardware import DEVICES, find_device, peak_flops
 from lit_modules.language import LanguageModule
 from tokenformer.cost import Memory, Phase, cumulative_flops, marginal_flops, training_memory
 from tokenformer.growth import pattention_layers
@@ -63,11 +64,13 @@ def plan(
     devices: int = 1,
     mfu: float = 0.4,
     device: str = "H100",
+    network: float | None = None,
     out: str | None = None,
 ) -> str:
-    """What a run would cost, as a table of text.
+    """What a run would cost, as two tables of text: its sizes, and the last of them on 1 to 1,024 devices.
 
-    Training FLOPs are counted as in the log (`train/flops`), memory as in :func:`tokenformer.cost.training_memory`.
+    Training FLOPs are counted as in the log (`train/flops`), memory as in :func:`tokenformer.cost.training_memory`,
+    what devices send as in `tokenformer.communication`, its time as in :func:`lit_modules.hardware.seconds`.
 
     Args:
         model: the configured one; it is measured, not built.
@@ -75,33 +78,54 @@ def plan(
         trainer: `max_steps`, `accumulate_grad_batches`, `precision` and the growth among `callbacks` count.
         devices: of all machines together. Each takes `batch_size` sequences: more devices train on more tokens.
         mfu: share of the device's peak that the training reaches.
-        device: whose peak, a name in `lit_modules.hardware.PEAKS`.
-        out: a CSV file for the numbers, in bytes, FLOPs and hours.
+        device: whose peak, memory and links: a name in `lit_modules.hardware.DEVICES`.
+        network: GB/s that a device sends between nodes. Default: what such devices usually come with.
+        out: a CSV file for the numbers of the first table, in bytes, FLOPs and hours. Those of the second go beside it:
+            `plan-devices.csv` for `plan.csv`, in bytes and seconds.
 
     Raises:
         ValueError: for settings that can't be, and for stages that can't come or can't be grown.
     """
-    names = [name for name, *_ in PEAKS]
-    if device not in names:
-        raise ValueError(f"device={device!r}: its peak is not known; choose one of {', '.join(names)}")
+    hardware = find_device(device)
+    if hardware is None:
+        names = ", ".join(known.name for known in DEVICES)
+        raise ValueError(f"device={device!r}: its peak is not known; choose one of {names}")
+    if network is not None and not network > 0:
+        raise ValueError(f"network={network}: must be above 0 GB/s; 50 are a port of 400 Gb/s for each device")
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu={mfu}: must be above 0 and at most 1; 0.4 is 40 % of the peak")
     if devices < 1:
         raise ValueError(f"devices={devices}: must be at least 1")
-    peak = peak_flops(device, str(trainer.precision))
+    precision, peak = str(trainer.precision), peak_flops(device, str(trainer.precision))
     rows = plan_rows(model, datamodule, trainer, devices)
     flops_per_hour = None if peak is None else 3600 * peak * mfu * devices
     records = _records(rows, flops_per_hour)
+    step = scaling.Step(
+        sequences=devices * trainer.accumulate_grad_batches * datamodule.batch_size,
+        batch_size=datamodule.batch_size,
+        seq_len=datamodule.seq_len,
+        precision=precision,
+        flops_per_second=None if peak is None else peak * mfu,
+    )
+    *_, largest = _sizes(model, _growth(trainer))
+    hardware = hardware if network is None else hardware._replace(network=network)
+    points = scaling.scale_out(largest, step, hardware)
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with Path(out).open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(records[0]))
-            writer.writeheader()
-            writer.writerows(records)
+        _write(Path(out), records)
+        _write(Path(out).with_stem(f"{Path(out).stem}-devices"), [asdict(point) for point in points])
     rate = "no peak known" if peak is None else f"{100 * mfu:g} % of {peak / 1e12:g} TFLOP/s"
     batches = f"{devices} x {trainer.accumulate_grad_batches} batches of {datamodule.batch_size} x {datamodule.seq_len}"
-    head = f"{devices} x {device} ({rate}), {trainer.precision}; a step trains on {batches} tokens"
-    return "\n".join([head, "", *_table(records), "", *_comparison(rows, flops_per_hour)])
+    head = f"{devices} x {device} ({rate}), {precision}; a step trains on {batches} tokens"
+    tables = [head, "", *_table(records), "", *_comparison(rows, flops_per_hour)]
+    return "\n".join([*tables, "", *scaling.table(points, step, hardware)])
+
+
+def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
 
 
 def num_devices(devices: list[int] | str | int, num_nodes: int) -> int:
@@ -113,17 +137,12 @@ def num_devices(devices: list[int] | str | int, num_nodes: int) -> int:
 
 def plan_rows(model: LanguageModule, datamodule: Any, trainer: Any, devices: int) -> list[Row]:
     """A row for the model as configured and for each growth; after a growth, one for the last size from scratch."""
-    if not isinstance(model, LanguageModule):
-        raise ValueError(f"plan knows language models, not {type(model).__name__}")
-    growth = next((c for c in trainer.callbacks if isinstance(c, GrowParameterTokens)), None)
+    growth = _growth(trainer)
     stages = growth.stages if growth else []
     per_step = datamodule.batch_size * datamodule.seq_len * devices * trainer.accumulate_grad_batches
     bounds = [*_starts(stages, per_step, trainer.max_steps), trainer.max_steps]
-    with torch.device("meta"):
-        net = model.build_model()
 
     def row(net: TokenFormerLM, stage: str, from_step: int | None, num_tokens: int | None) -> Row:
-        net.backbone.checkpoint_activations = model.checkpoint_activations
         flops = net.flops_per_token(datamodule.seq_len)
         phase = Phase(num_params=net.num_params(), flops_per_token=flops, num_tokens=num_tokens)
         ddp, fsdp = (
@@ -135,9 +154,8 @@ def plan_rows(model: LanguageModule, datamodule: Any, trainer: Any, devices: int
         start = "plateau" if from_step is None else from_step
         return Row(stage=stage, from_step=start, tokens_per_layer=_tokens(net), phase=phase, ddp=ddp, fsdp=fsdp)
 
-    sizes = chain([net], rehearse(net, growth.stages, growth.recipe) if growth else ())
     rows = []
-    for i, (net, (start, end)) in enumerate(zip(sizes, pairwise(bounds), strict=True)):
+    for i, (net, (start, end)) in enumerate(zip(_sizes(model, growth), pairwise(bounds), strict=True)):
         known = start is not None and end is not None and None not in bounds[:i]
         rows.append(row(net, str(i or "base"), start, (end - start) * per_step if known else None))
     if growth:
@@ -147,6 +165,21 @@ def plan_rows(model: LanguageModule, datamodule: Any, trainer: Any, devices: int
             layer.match({"segments.0.keys": torch.Size((layer.num_tokens, layer.in_features))})
         rows.append(row(net, "scratch", 0, trainer.max_steps * per_step))
     return rows
+
+
+def _growth(trainer: Any) -> GrowParameterTokens | None:
+    return next((c for c in trainer.callbacks if isinstance(c, GrowParameterTokens)), None)
+
+
+def _sizes(model: LanguageModule, growth: GrowParameterTokens | None) -> Iterator[TokenFormerLM]:
+    """The model as configured and after each growth, without contents. Each is changed into the next."""
+    if not isinstance(model, LanguageModule):
+        raise ValueError(f"plan knows language models, not {type(model).__name__}")
+    with torch.device("meta"):
+        net = model.build_model()
+    for size in chain([net], rehearse(net, growth.stages, growth.recipe) if growth else ()):
+        size.backbone.checkpoint_activations = model.checkpoint_activations
+        yield size
 
 
 def _starts(stages: Sequence[Stage], per_step: int, max_steps: int) -> list[int | None]:

@@ -13,6 +13,7 @@ from tokenformer.baseline import MLP
 from tokenformer.language import TokenFormerLM
 from tokenformer.loss import BLOCK_LOGITS, BLOCK_ROWS
 from tokenformer.pattention import Pattention
+from tokenformer.sharding import Layout
 
 # Lightning's name of a precision: bytes of weights, gradients and Adam's moments; bytes of what is multiplied.
 PRECISIONS = {
@@ -84,12 +85,13 @@ def training_memory(
     precision: str = "32-true",
     devices: int = 1,
     sharded: bool = False,
+    tensor_parallel: int = 1,
 ) -> Memory:
     """Memory per device of a training step with AdamW, its gradients kept all the time (as when accumulating).
 
     Replicated (DDP), every device has everything, and of the gradients a second copy, the buckets in which they
-    travel. Sharded (FSDP2 of each block and of the rest, resharded after the forward pass), a device has its share,
-    and whole: the embeddings, two blocks' weights (one at work, one on its way) and one block's gradients.
+    travel. Sharded (FSDP2, see :class:`~tokenformer.sharding.Layout`), a device has its share, and whole: what is
+    outside the blocks, what has come by growth, two blocks' weights (one at work, one on its way) and one's gradients.
 
     Against what small steps hold at their peak on a CPU (float32, float64, bfloat16, autocast; grown or not):
     activations within 3 %, with checkpointing 7 % (a Transformer's 12 %), sharded totals within 10 %. Not counted:
@@ -103,6 +105,7 @@ def training_memory(
         precision: Lightning's name.
         devices: that the model trains on.
         sharded: FSDP2 in place of DDP.
+        tensor_parallel: devices of a group that divides the parameter tokens of each layer, and shares its batches.
 
     Raises:
         ValueError: for a precision that is not in `PRECISIONS`.
@@ -110,27 +113,26 @@ def training_memory(
     if precision not in PRECISIONS:
         raise ValueError(f"trainer.precision={precision!r}: a plan knows {', '.join(PRECISIONS)}")
     wide = PRECISIONS[precision][0]
-    weights, trained = (wide * sum(p.numel() for p in params) for params in (model.parameters(), _trained(model)))
-    activations = activation_bytes(model, batch_size * seq_len, precision)
+    activations = activation_bytes(model, batch_size * seq_len, precision, tensor_parallel)
+    trained = [p for p in model.parameters() if p.requires_grad]
     if not sharded:
-        gradients = 2 * trained if devices > 1 else trained
-        return Memory(weights=weights, gradients=gradients, optimizer=2 * trained, activations=activations)
-    blocks = [wide * sum(p.numel() for p in block.parameters()) for block in model.backbone.blocks]
-    block_gradients = wide * max(sum(p.numel() for p in _trained(block)) for block in model.backbone.blocks)
-    share = -(-trained // devices)
+        weights, gradients = (wide * sum(p.numel() for p in params) for params in (model.parameters(), trained))
+        buckets = gradients if devices > 1 else 0
+        return Memory(weights=weights, gradients=gradients + buckets, optimizer=2 * gradients, activations=activations)
+    layout = Layout(model, devices, tensor_parallel)
+    share = layout.share(trained)
+    kept = sum(layout.whole(unit.parameters) for unit in layout.units if not unit.resharded)
+    blocks = [unit for unit in layout.units if unit.resharded]
+    at_work = sum(sorted(layout.whole(block.parameters) for block in blocks)[-2:])
     return Memory(
-        weights=-(-weights // devices) + weights - sum(blocks) + sum(sorted(blocks)[-2:]),
-        gradients=share + block_gradients,
-        optimizer=2 * share,
+        weights=wide * (layout.share(model.parameters()) + kept + at_work),
+        gradients=wide * (share + max(layout.whole(unit.trained) for unit in layout.units[:-1])),
+        optimizer=2 * wide * share,
         activations=activations,
     )
 
 
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-def activation_bytes(model: TokenFormerLM, num_tokens: int, precision: str) -> int:
+def activation_bytes(model: TokenFormerLM, num_tokens: int, precision: str, tensor_parallel: int = 1) -> int:
     """What a step on T = `num_tokens` tokens needs besides weights, gradients and optimizer state, at its peak.
 
     That is in the loss or in the backward pass of a block, whichever is more, with what is kept until then.
@@ -138,7 +140,7 @@ def activation_bytes(model: TokenFormerLM, num_tokens: int, precision: str) -> i
     config, (wide, narrow) = model.config, PRECISIONS[precision]
     residual = num_tokens * config.dim * wide
     stack: list[Block] = list(model.backbone.blocks)  # type: ignore[arg-type]
-    blocks = [_block(block, config.rotary_dim > 0, num_tokens, wide, narrow) for block in stack]
+    blocks = [_block(block, config.rotary_dim > 0, num_tokens, wide, narrow, tensor_parallel) for block in stack]
     kept, recomputed, copies = sum(kept for kept, _ in blocks), 0, 0
     if model.backbone.checkpoint_activations:
         kept, recomputed = residual * len(blocks), max(kept for kept, _ in blocks) - residual
@@ -149,7 +151,7 @@ def activation_bytes(model: TokenFormerLM, num_tokens: int, precision: str) -> i
     return kept + max(at_backward, residual + copies + _loss(model, num_tokens, wide, narrow))
 
 
-def _block(block: Block, rotary: bool, T: int, wide: int, narrow: int) -> tuple[int, int]:
+def _block(block: Block, rotary: bool, T: int, wide: int, narrow: int, parts: int) -> tuple[int, int]:
     """Bytes that a block keeps for its backward pass, and that its largest layer's backward pass works with."""
     D, mixed, attention = block.attention_norm.normalized_shape[0], wide != narrow, block.attention
     kept = 2 * T * (D * wide + 8)  # the norms' inputs, means and deviations
@@ -158,7 +160,7 @@ def _block(block: Block, rotary: bool, T: int, wide: int, narrow: int) -> tuple[
     for layer in (attention.query, attention.key, attention.value, block.ffn, attention.out):
         num_operators = 1
         if isinstance(layer, Pattention):
-            counts = [sum(segment.num_tokens for segment in group) for group in layer.norm_groups()]
+            counts = [sum(-(-segment.num_tokens // parts) for segment in group) for group in layer.norm_groups()]
             num_operators = len(counts)
             for N in counts:
                 kept += T * narrow * (SCORE_BUFFERS[layer.score_norm] * N + 1)  # and a factor for each row

@@ -187,13 +187,19 @@ def eight_processes():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "checkpointing", "tolerance"), [(64, False, 0.1), (512, False, 0.1), (512, True, 0.02)]
+    ("tokens", "checkpointing", "grown", "tolerance"),
+    [(64, False, False, 0.1), (512, False, False, 0.1), (512, True, False, 0.02), (64, False, True, 0.1)],
 )
-def test_memory_when_sharded(eight_processes, tokens, checkpointing, tolerance):
+def test_memory_when_sharded(eight_processes, tokens, checkpointing, grown, tolerance):
     """Checkpointing, the peak is in a block's backward pass, where all that is counted is there at once."""
     sizes = {"depth": 4, "qkv_tokens": tokens, "proj_tokens": tokens, "ffn_tokens": 4 * tokens}
     model = build(sizes, checkpointing=checkpointing)
+    old = set(model.modules())
+    if grown:
+        grow(model, qkv=1024, proj=1024, ffn=4096)
     memory = training_memory(model, B, T, devices=8, sharded=True)
+    for segment in set(model.modules()) - old:
+        fully_shard(segment, mesh=eight_processes, reshard_after_forward=False)
     for block in model.backbone.blocks:
         fully_shard(block, mesh=eight_processes)
     fully_shard(model, mesh=eight_processes)
