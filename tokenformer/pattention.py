@@ -72,8 +72,8 @@ def _attend(
 ) -> Tensor:
     """:func:`pattention` to parameter tokens in several segments, which are normalised together.
 
-    With a `group` of processes, these are the process's share of the tokens, as many as each other one's; x is the same
-    in all of them, and so is the result.
+    With a `group` of processes, these are the process's share of the tokens, as many as each other one's, x is the same
+    in all of them, and the result and its gradient for x are what these tokens add.
     """
     if (dtype := autocast_dtype(x.device)) is None:
         return _attend_as_given(x, keys, values, scale, score_norm, group)
@@ -132,16 +132,10 @@ def _row_factor(rows: Tensor, scale: Tensor | float, group: ProcessGroup | None 
     sum_in = None if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" else wide
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=sum_in).to(wide)
     if group is not None:
-        norm = _sum_over(group, norm.square()).sqrt()
+        distributed.all_reduce(norm.square_(), group=group)
+        norm.sqrt_()
     scale = scale.to(wide) if isinstance(scale, Tensor) else scale
     return torch.where(norm > 0, scale / torch.where(norm > 0, norm, 1), 0)
-
-
-def _sum_over(group: ProcessGroup | None, tensor: Tensor) -> Tensor:
-    """Add up the tensors of all processes of a group, in place."""
-    if group is not None:
-        distributed.all_reduce(tensor, group=group)
-    return tensor
 
 
 def _forward(
@@ -163,7 +157,7 @@ def _forward(
         factor_block.copy_(_row_factor(z_block, tau, group).clamp_max(torch.finfo(z.dtype).max))
         z_block.mul_(factor_block)
         _sum_of_products(F.gelu(z_block).split(sizes, dim=1), values, out_block)
-    return _sum_over(group, out), z, factor
+    return out, z, factor
 
 
 def _sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -177,8 +171,8 @@ class _L2NormGELU(torch.autograd.Function):
     """The fused operator. Keeps one T x N buffer (z) for the backward pass; GELU is computed again from it.
 
     Keys and values come in segments, all keys and then all values; each has its columns of that buffer, so that
-    nothing is concatenated. Where a group of processes shares the tokens, the squared norm and the output are added up
-    over it, and so are r and dL/dx in the backward pass.
+    nothing is concatenated. Where a group of processes shares the tokens, the squared norm is added up over it, and so
+    is r in the backward pass.
 
     Backward (paper, App. A): with z = tau A / |A|, g = dL/dz and r = g . z per row,
         dL/dA = (tau / |A|) (g - z r / tau^2),    dL/dtau = sum r / tau.
@@ -216,16 +210,47 @@ class _L2NormGELU(torch.autograd.Function):
             zero = grad.new_zeros(())
             r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2)
             wide = torch.promote_types(z.dtype, torch.float32)
-            r_wide, tau_wide = _sum_over(ctx.group, r.to(wide)), tau.to(wide)
+            r_wide, tau_wide = r.to(wide), tau.to(wide)
+            if ctx.group is not None:
+                distributed.all_reduce(r_wide, group=ctx.group)
             if needs_tau:
                 grad_tau = (r_wide.sum() * num_tokens / tau_wide).to(tau.dtype).view_as(tau)
             grad.addcmul_(z, (r_wide * (-num_tokens / tau_wide**2)).to(z.dtype))  # |A| / tau * dL/dA
             if needs_x:
-                grad_x = _sum_over(ctx.group, _sum_of_products(columns, keys, torch.empty_like(x)).mul_(factor))
+                grad_x = _sum_of_products(columns, keys, torch.empty_like(x)).mul_(factor)
             if any(needs_keys):
                 scaled = x * factor
                 grad_keys = [c.T @ scaled if needed else None for c, needed in zip(columns, needs_keys, strict=True)]
         return None, grad_x, grad_tau, *grad_keys, *grad_values
+
+
+class _CopyToGroup(torch.autograd.Function):
+    """A tensor that all processes of a group have goes into what each does alone; their gradients are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad = grad.clone()
+        distributed.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _SumOverGroup(torch.autograd.Function):
+    """What the processes of a group have computed alone is added up, in place; each gets the gradient of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.mark_dirty(out)
+        distributed.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
 
 
 class _HasTau(nn.Module):
@@ -402,12 +427,14 @@ class Pattention(_HasTau):
                 operators.append(([], [], self.scale_now() if scale is None else scale))
             operators[-1][0].append(its_keys)
             operators[-1][1].append(its_values)
+        if group is not None:
+            x = _CopyToGroup.apply(x.to(autocast_dtype(x.device) or x.dtype), group)
         out = None
         for keys, values, scale in operators:
             added = _attend(x, keys, values, scale, self.score_norm, group)
             out = added if out is None else out + added
         assert out is not None
-        return out
+        return out if group is None else _SumOverGroup.apply(out, group)
 
     def extra_repr(self) -> str:  # noqa: D102
         return (

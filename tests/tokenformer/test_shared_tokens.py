@@ -68,9 +68,9 @@ def test_equals_one_process(shared):
             torch.testing.assert_close(one["results"][name], tensor, rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_four_sums_are_sent_for_each_norm(shared):
-    """The squared norm and the output; r and the input's gradient. (The gathering is the test's own.)"""
-    assert all(one["sent"]["c10d.allreduce_"] == 2 * 4 for one in shared)
+def test_what_is_sent(shared):
+    """For each norm its square, and r; for the layer its output, and the input's gradient."""
+    assert all(one["sent"]["c10d.allreduce_"] == 2 * 2 + 2 for one in shared)
 
 
 def test_processes_hold_the_same_bits(shared):
