@@ -1,6 +1,8 @@
 """Imports run one way: lit_modules -> tokenformer, datamodules; those two know nothing of each other."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,18 @@ def test_imports_run_one_way(package):
         if package == "lit_modules" and path.name not in MAY_IMPORT_DATAMODULES:
             forbidden = forbidden | {"datamodules"}
         assert not set(imported(path)) & forbidden, path
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sys, tokenformer; assert not {'timm', 'torchvision', 'torch._dynamo'} & set(sys.modules)\nimport timm",
+        "import timm, tokenformer",
+        "from tokenformer import TokenFormerViT; import timm",
+        "import tokenformer.timm_models, timm",
+    ],
+)
+def test_importing_is_quick_and_timm_knows_our_models(program):
+    program += "\nprint(len(timm.list_models('tokenformer_vit*')))"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout == "6\n", result.stderr

@@ -6,13 +6,15 @@ and the other fields of ViTConfig by their names (`ffn_tokens`, `scale`, `baseli
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
 
 from tokenformer.config import ViTConfig
-from tokenformer.vision import TokenFormerViT
+
+if TYPE_CHECKING:
+    from tokenformer.vision import TokenFormerViT
 
 # "matched": with as many parameters as the ViT of that width (86.6M, 304.3M), which the paper marks with a dagger. The
 # others have as many tokens as channels, four times that in the feed-forward layer, and a third more in the blocks.
@@ -45,7 +47,7 @@ default_cfgs = {  # where `register_model` looks for them
 }
 
 
-def build(img_size: int | Sequence[int] = 224, drop_rate: float = 0.0, **arguments: Any) -> TokenFormerViT:
+def build(img_size: int | Sequence[int] = 224, drop_rate: float = 0.0, **arguments: Any) -> "TokenFormerViT":
     """A model from timm's arguments.
 
     Args:
@@ -61,6 +63,8 @@ def build(img_size: int | Sequence[int] = 224, drop_rate: float = 0.0, **argumen
         raise TypeError(f"unknown arguments {', '.join(sorted(unknown))}: choose from {', '.join(FIELD_OF)}")
     if drop_rate:
         raise ValueError(f"drop_rate={drop_rate}: the model has no dropout; drop_path_rate is stochastic depth")
+    from tokenformer.vision import TokenFormerViT  # imports timm, during whose import this module is run
+
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height != width:
         raise ValueError(f"img_size={img_size}: build the model for square images; it takes others when it is called")
