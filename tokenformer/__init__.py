@@ -12,7 +12,8 @@ from tokenformer.config import LMConfig, ViTConfig
 from tokenformer.generation import generate
 from tokenformer.growth import grow
 from tokenformer.language import TokenFormerLM
-from tokenformer.pattention import Pattention, pattention
+from tokenformer.operator import pattention
+from tokenformer.pattention import Pattention
 
 if TYPE_CHECKING:
     from tokenformer.interop import from_pretrained, load_official, save_pretrained

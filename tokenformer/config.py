@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from tokenformer.pattention import WEIGHT_SECOND_MOMENT, ScoreNorm, TauMode
+from tokenformer.operator import WEIGHT_SECOND_MOMENT, ScoreNorm
+from tokenformer.pattention import TauMode
 
 
 @dataclass(frozen=True, kw_only=True)

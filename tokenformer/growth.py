@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenformer.config import widened
-from tokenformer.pattention import Pattention, TokenSegment, default_tau
+from tokenformer.operator import default_tau
+from tokenformer.pattention import Pattention, TokenSegment
 
 Model = TypeVar("Model", bound=nn.Module)
 Init = Literal["zero_keys", "random", "segment_norm", "pairs", "split"]

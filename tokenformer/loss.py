@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenformer.pattention import autocast_dtype
+from tokenformer.operator import autocast_dtype
 
 IGNORE = -100  # a target that does not count
 

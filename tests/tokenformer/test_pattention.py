@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+import tokenformer.operator
 from tests.conftest import ASSETS
 from tokenformer import Pattention, pattention
 from tokenformer.growth import append_tokens
-from tokenformer.pattention import WEIGHT_SECOND_MOMENT, _attend, default_tau
+from tokenformer.operator import WEIGHT_SECOND_MOMENT, attend, default_tau
 
 KINDS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 L2_KINDS = KINDS[:2]
@@ -114,11 +115,9 @@ def test_leading_dimensions_are_kept():
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch):
-    import sys
-
     x, keys, values = random_inputs(torch.float64, T=50)
     whole = pattention(x, keys, values)
-    monkeypatch.setattr(sys.modules["tokenformer.pattention"], "CPU_BLOCK", 7 * 24)
+    monkeypatch.setattr(tokenformer.operator, "CPU_BLOCK", 7 * 24)
     torch.testing.assert_close(pattention(x, keys, values), whole, rtol=0, atol=1e-14)
 
 
@@ -137,7 +136,7 @@ def test_tokens_in_segments_are_tokens_in_one(kind, frozen, autocast):
     segments = list(parts.values())
     inputs = {"x": x.requires_grad_(), "tau": tau} | {n: part for n, part in parts.items() if n not in frozen}
     with torch.autocast("cpu", enabled=autocast):
-        apart = _attend(x, segments[:3], segments[3:], tau, kind)
+        apart = attend(x, segments[:3], segments[3:], tau, kind)
         joined = pattention(x, torch.cat(segments[:3]), torch.cat(segments[3:]), tau, kind)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(apart, joined, **tolerance)

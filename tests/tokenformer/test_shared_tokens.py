@@ -10,7 +10,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from tokenformer import Pattention
 from tokenformer.growth import append_tokens
-from tokenformer.pattention import _attend
+from tokenformer.operator import attend
 
 SIZE = 2
 
@@ -82,4 +82,4 @@ def test_processes_hold_the_same_bits(shared):
 def test_other_norms_are_refused():
     layer, x = layer_and_input()
     with pytest.raises(ValueError, match="'softmax': only l2_norm_gelu divides"):
-        _attend(x, [layer.segments[0].keys], [layer.segments[0].values], 1.0, "softmax", object())
+        attend(x, [layer.segments[0].keys], [layer.segments[0].values], 1.0, "softmax", object())
