@@ -136,6 +136,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's own")
     parser.add_argument("--weights", choices=get_args(Weights), default="average", help="of a checkpoint with EMA")
+    parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the model's)")
     given = parser.parse_args(args)
     if given.limit is not None and given.limit < 1:
         raise ValueError(f"--limit {given.limit}: must be at least 1")
@@ -146,7 +147,7 @@ def main(args: list[str]) -> None:
 
     from lit_modules.harness import HarnessModel
 
-    model = HarnessModel(given.source, given.batch_size, given.device, given.dtype, given.weights)
+    model = HarnessModel(given.source, given.batch_size, given.device, given.dtype, given.weights, given.tokenizer)
     rows = evaluate(model, given.tasks.split(","), given.local, given.limit)
     whole = given.local is None and given.limit is None
     print(table(given.source.stem, rows, whole))

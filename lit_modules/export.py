@@ -66,7 +66,7 @@ def export(
             except ValueError as error:
                 if tokenizer is not None:
                     raise
-                notes.append(f"no tokenizer was written, give one by --tokenizer: {error}")
+                notes.append(f"no tokenizer was written; {error}")
         both = "current_model_state" in checkpoint
         kind = {"average": "the moving average of the weights", "raw": "the weights, not their average"}[weights]
         origin = f"From `{source.name}`" + (f": {kind}" if both else "") + (f", as {dtype}" if dtype else "") + "."

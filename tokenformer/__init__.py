@@ -4,9 +4,10 @@ import tokenformer.timm_models  # noqa: F401 - puts the image models in timm's r
 from tokenformer.config import LMConfig, ViTConfig
 from tokenformer.generation import generate
 from tokenformer.growth import grow
-from tokenformer.interop import from_pretrained, load_official, save_pretrained
+from tokenformer.interop import from_pretrained, save_pretrained
 from tokenformer.language import TokenFormerLM
 from tokenformer.pattention import Pattention, pattention
+from tokenformer.released import load_official
 from tokenformer.vision import TokenFormerViT
 
 __all__ = [

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenformer.backbone import KVCache
+from tokenformer.cache import KVCache
 from tokenformer.config import LMConfig, ViTConfig
 from tokenformer.interop import consolidated_state, present_config
 from tokenformer.language import TokenFormerLM

@@ -115,7 +115,7 @@ def test_likelihoods_are_the_models(byte_model, batch_size, monkeypatch):
         before = (list(context.encode()) or [256])[-(97 - len(continuation)) :]
         assert score == pytest.approx(-nats(native, before, list(continuation.encode())), rel=1e-5)
         assert greedy == (continuation == likeliest)
-    with pytest.raises(ValueError, match="a continuation has 100 tokens, the model was trained on 96"):
+    with pytest.raises(ValueError, match="a continuation has 100 tokens, more than max_seq_len=96"):
         model.loglikelihood(asked(("a", "b" * 100)), disable_tqdm=True)
 
 
