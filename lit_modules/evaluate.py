@@ -53,7 +53,7 @@ def evaluate(model: Any, tasks: list[str], local: Path | None = None, limit: int
         Rows of task, metric, value, stderr and number of rows. Accuracies lie between 0 and 1.
 
     Raises:
-        ValueError: for unknown tasks and missing files.
+        ValueError: for unknown tasks, missing files, and a hub that is not reached.
     """
     import lm_eval
 
@@ -62,13 +62,16 @@ def evaluate(model: Any, tasks: list[str], local: Path | None = None, limit: int
     manager = lm_eval.tasks.TaskManager(include_defaults=local is None)  # reading all definitions takes seconds
     if local is None and (unknown := [name for name in tasks if name not in manager.all_tasks]):
         raise ValueError(f"--tasks {','.join(unknown)}: the harness knows no such task; `lm_eval ls tasks` lists them")
-    found = lm_eval.simple_evaluate(
-        model,
-        tasks=local_tasks(tasks, local) if local else tasks,
-        task_manager=manager,
-        limit=limit,
-        log_samples=False,
-    )
+    try:
+        found = lm_eval.simple_evaluate(
+            model,
+            tasks=local_tasks(tasks, local) if local else tasks,
+            task_manager=manager,
+            limit=limit,
+            log_samples=False,
+        )
+    except ConnectionError as error:
+        raise ValueError(f"{error}: without a network give --local DIR, a folder with files TASK*.jsonl") from error
     assert found is not None
     rows = []
     for task, metrics in found["results"].items():

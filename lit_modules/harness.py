@@ -44,7 +44,7 @@ class HarnessModel(TemplateLM):
         tokenizer: bytes, the path of a tokenizer.json or hub:NAME. Default: the model's.
 
     Raises:
-        ValueError: for what is no language model, and a batch size below 1.
+        ValueError: for what is no language model, a batch size below 1 and a device that is not there.
     """
 
     def __init__(
@@ -64,8 +64,11 @@ class HarnessModel(TemplateLM):
             raise ValueError(
                 f"{pretrained} is an image model, the tasks are of language: `tokenformer validate` gives its accuracy"
             )
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = model.to(self._device, dtype=None if dtype is None else getattr(torch, dtype))
+        try:
+            self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.model = model.to(self._device, dtype=None if dtype is None else getattr(torch, dtype))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device}: {error}") from error
         self.tokenizer = tokenizer_of(Path(pretrained), tokenizer)
         self.batch_size = int(batch_size)
         self.max_length = model.config.max_seq_len

@@ -226,6 +226,13 @@ def test_mistakes_are_named(byte_model, piqa, tmp_path, monkeypatch):
     known = SimpleNamespace(all_tasks=["piqa"])
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults: known)  # the real one takes seconds
     assert "no such task; `lm_eval ls tasks`" in refused(byte_model, "--tasks", "piqqa")
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
+    assert "no network: without a network give --local DIR" in refused(byte_model, "--tasks", "piqa")
+    assert "--device nonsense: " in refused(byte_model, "--device", "nonsense", "--local", piqa)
     released = tmp_path / "pytorch_model.bin"
     torch.save({}, released)
     assert "tokenformer import" in refused(released, "--local", piqa)

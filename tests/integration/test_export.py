@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -279,7 +280,7 @@ def test_an_imported_model_grows(tmp_path, golden_lm):
     assert "140,416 -> " in (tmp_path / "grown/README.md").read_text()
 
 
-def test_an_image_model_is_exported(tmp_path):
+def test_an_image_model_is_exported(tmp_path, monkeypatch):
     settings = json.loads(json.dumps(TINY_VISION))
     settings["model"]["init_args"]["config"] |= {"image_size": 8, "patch_size": 4}
     settings["data"]["init_args"] |= {"source": "digits", "image_size": 8, "batch_size": 64}
@@ -296,3 +297,12 @@ def test_an_image_model_is_exported(tmp_path):
     assert "| classes | 10 |" in card
     assert f"| `val/top1` | {rows(tmp_path / 'run', 'val/top1')[-1][1]:.5g} |" in card
     assert not (tmp_path / "model/tokenizer.json").exists()
+    # the card's lines of Python, of the library and of timm, give the model
+    monkeypatch.chdir(tmp_path)
+    images = torch.randn(2, model.config.in_channels, 8, 8)
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        names = {"images": images}
+        exec(snippet, names)
+        assert torch.equal(names["model"](images), model(images))
