@@ -14,7 +14,7 @@ from datamodules.tokenizer import ByteTokenizer, load_tokenizer
 from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole
 from lit_modules.cli import main
 from lit_modules.fsdp2 import FSDP2
-from lit_modules.saved import load_saved, read_checkpoint, save_tokenizer, tokenizer_of
+from lit_modules.saved import load_saved, module_of, read_checkpoint, save_tokenizer, tokenizer_of
 from tests.conftest import ASSETS
 from tests.integration.growing import checkpoint_of, config_of, contents, fit
 from tests.integration.test_training import rows
@@ -179,6 +179,9 @@ def test_the_wrong_kind_of_file_names_the_command(run, tmp_path):
         with pytest.raises(ValueError, match=message):
             main(["validate", "--config", str(run[0]), "--ckpt_path", str(path), "--run_dir", str(tmp_path / "out")])
         assert not (tmp_path / "out").exists()
+    module = module_of(read_checkpoint(checkpoint_of(run[1], 14)))
+    with pytest.raises(ValueError, match="has a vision model, this run trains a language model"):
+        module.on_load_checkpoint({"hyper_parameters": {"config": {"patch_size": 4}}})
     for command in ("import", "export"):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
@@ -290,6 +293,8 @@ def test_an_image_model_is_exported(tmp_path, monkeypatch):
     main(["fit", "--config", str(tmp_path / "digits.yaml"), "--run_dir", str(tmp_path / "run")])
     checkpoint = checkpoint_of(tmp_path / "run", 8)
     main(["export", str(checkpoint), "--out", str(tmp_path / "model")])
+    with pytest.raises(ValueError, match="--tokenizer bytes: leave it out, .* is an image model"):
+        main(["export", str(checkpoint), "--out", str(tmp_path / "other"), "--tokenizer", "bytes"])
     model, saved = from_pretrained(tmp_path / "model"), load_saved(checkpoint)
     assert all(torch.equal(model.state_dict()[n], t) for n, t in consolidated_state(saved).items())
     assert (len(saved.backbone.blocks[0].ffn.segments), len(model.backbone.blocks[0].ffn.segments)) == (2, 1)
