@@ -5,6 +5,11 @@ Nothing heavy is imported at the top, so that `tokenformer --help` answers at on
 
 import os
 import sys
+from importlib import import_module
+
+# Commands that are no experiments, and their modules.
+COMMANDS = {name: f"lit_modules.{name}" for name in ("evaluate", "export", "generate", "grow", "plot")}
+COMMANDS["import"] = "lit_modules.import_released"
 
 HELP = """usage: tokenformer COMMAND --config FILE [--KEY VALUE ...]
 
@@ -55,6 +60,10 @@ def console() -> None:
         while isinstance(error.__cause__, ValueError):  # the config parser wraps what a class says of its arguments
             error = error.__cause__
         sys.exit(f"error: {error}\n(TOKENFORMER_DEBUG=1 shows where)")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(args: list[str] | None = None) -> None:
@@ -68,30 +77,9 @@ def main(args: list[str] | None = None) -> None:
     if not given or given[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return
-    if given[0] == "plot":
-        from lit_modules.plot import main as plot
-
-        return plot(given[1:])
-    if given[0] == "evaluate":
-        from lit_modules.evaluate import main as evaluate
-
-        return evaluate(given[1:])
-    if given[0] == "generate":
-        from lit_modules.generate import main as generate
-
-        return generate(given[1:])
-    if given[0] == "grow":
-        from lit_modules.grow import main as grow
-
-        return grow(given[1:])
-    if given[0] == "export":
-        from lit_modules.export import main as export
-
-        return export(given[1:])
-    if given[0] == "import":
-        from lit_modules.import_released import main as import_released
-
-        return import_released(given[1:])
+    if given[0] in COMMANDS:
+        import_module(COMMANDS[given[0]]).main(given[1:])
+        return
     from lit_modules.experiment import run
 
     run(args)

@@ -53,7 +53,7 @@ def evaluate(model: Any, tasks: list[str], local: Path | None = None, limit: int
         Rows of task, metric, value, stderr and number of rows. Accuracies lie between 0 and 1.
 
     Raises:
-        ValueError: for unknown tasks and missing files.
+        ValueError: for unknown tasks, missing files, and a hub that is not reached.
     """
     import lm_eval
 
@@ -62,13 +62,16 @@ def evaluate(model: Any, tasks: list[str], local: Path | None = None, limit: int
     manager = lm_eval.tasks.TaskManager(include_defaults=local is None)  # reading all definitions takes seconds
     if local is None and (unknown := [name for name in tasks if name not in manager.all_tasks]):
         raise ValueError(f"--tasks {','.join(unknown)}: the harness knows no such task; `lm_eval ls tasks` lists them")
-    found = lm_eval.simple_evaluate(
-        model,
-        tasks=local_tasks(tasks, local) if local else tasks,
-        task_manager=manager,
-        limit=limit,
-        log_samples=False,
-    )
+    try:
+        found = lm_eval.simple_evaluate(
+            model,
+            tasks=local_tasks(tasks, local) if local else tasks,
+            task_manager=manager,
+            limit=limit,
+            log_samples=False,
+        )
+    except ConnectionError as error:
+        raise ValueError(f"{error}: without a network give --local DIR, a folder with files TASK*.jsonl") from error
     assert found is not None
     rows = []
     for task, metrics in found["results"].items():
@@ -136,6 +139,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's own")
     parser.add_argument("--weights", choices=get_args(Weights), default="average", help="of a checkpoint with EMA")
+    parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the model's)")
     given = parser.parse_args(args)
     if given.limit is not None and given.limit < 1:
         raise ValueError(f"--limit {given.limit}: must be at least 1")
@@ -146,7 +150,7 @@ def main(args: list[str]) -> None:
 
     from lit_modules.harness import HarnessModel
 
-    model = HarnessModel(given.source, given.batch_size, given.device, given.dtype, given.weights)
+    model = HarnessModel(given.source, given.batch_size, given.device, given.dtype, given.weights, given.tokenizer)
     rows = evaluate(model, given.tasks.split(","), given.local, given.limit)
     whole = given.local is None and given.limit is None
     print(table(given.source.stem, rows, whole))

@@ -35,11 +35,12 @@ from lit_modules.callbacks import (
     Throughput,
     TokenPredictions,
 )
-from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole
+from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, newest_whole
 from lit_modules.language import LanguageModule
 from lit_modules.loggers import ResumableCSVLogger
 from lit_modules.module import TokenFormerModule
 from lit_modules.plan import num_devices, plan
+from lit_modules.saved import read_head
 from lit_modules.vision import VisionModule
 from tokenformer import LMConfig
 
@@ -230,10 +231,11 @@ def _settle(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
         )
         if checkpoint is None:
             raise ValueError(f"ckpt_path=last: there is no whole checkpoint in {given or experiment}")
-    elif checkpoint and not checkpoint.exists():
-        raise ValueError(f"ckpt_path={config.ckpt_path!r}: no such file; `last` takes the newest of {experiment}")
-    elif checkpoint and checkpoint.is_file() and (problem := damage(checkpoint)):
-        raise ValueError(f"ckpt_path={config.ckpt_path!r}: {problem}; `last` takes the newest whole one")
+    elif checkpoint:
+        try:
+            read_head(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"ckpt_path={error}; `last` takes the newest whole one of {experiment}") from None
     if given:
         resumes = subcommand == "fit" and checkpoint is not None and given.resolve() in checkpoint.resolve().parents
         if (given / "config.yaml").exists() and not resumes:

@@ -51,7 +51,7 @@ def export(
         tokenizer: bytes, a file or hub:NAME; default: the run's.
 
     Raises:
-        ValueError: for a checkpoint that can't be read, a folder that exists, a tokenizer that is none.
+        ValueError: for a checkpoint that can't be read, a folder that exists, a tokenizer that is none or has no use.
     """
     with new_folder(out) as folder:
         checkpoint = read_checkpoint(source)
@@ -66,7 +66,9 @@ def export(
             except ValueError as error:
                 if tokenizer is not None:
                     raise
-                notes.append(f"no tokenizer was written, give one by --tokenizer: {error}")
+                notes.append(f"no tokenizer was written; {error}")
+        elif tokenizer is not None:
+            raise ValueError(f"--tokenizer {tokenizer}: leave it out, {source} is an image model")
         both = "current_model_state" in checkpoint
         kind = {"average": "the moving average of the weights", "raw": "the weights, not their average"}[weights]
         origin = f"From `{source.name}`" + (f": {kind}" if both else "") + (f", as {dtype}" if dtype else "") + "."

@@ -8,7 +8,6 @@ import torch
 from lightning.fabric.strategies.model_parallel import _is_sharded_checkpoint  # type: ignore[attr-defined]
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
@@ -16,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from lit_modules.sharded import ShardReader
 from tokenformer.growth import pattention_layers
 
 CURRENT = "current_model_state."  # begins the names of the weights in a sharded checkpoint that has their average
@@ -142,7 +142,8 @@ class FSDP2(ModelParallelStrategy):
         return checkpoint
 
     def _load_sharded(self, path: Path) -> dict[str, Any]:
-        entries = FileSystemReader(path).read_metadata().state_dict_metadata
+        reader = ShardReader(path)
+        entries = reader.read_metadata().state_dict_metadata
         shapes = {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
         checkpoint: dict[str, Any] = torch.load(path / "meta.pt", weights_only=True)
         start = "state_dict."
@@ -162,7 +163,7 @@ class FSDP2(ModelParallelStrategy):
                     empty = torch.zeros_like(p) if shapes[start + key] else _whole_to_shard(torch.zeros(()), p, group)
                     optimizer.state[p][key] = empty.detach()
                 states[name] = dict(optimizer.state[p])
-        load_sharded(wanted, checkpoint_id=path)
+        load_sharded(wanted, storage_reader=reader)
         self.load_weights(weights)
         if averaged:
             loaded = wanted["state_dict"]

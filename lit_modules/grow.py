@@ -24,8 +24,8 @@ from lit_modules.optim import OptimConfig
 from lit_modules.saved import TOKENIZER_FILES, module_of, read_checkpoint
 from lit_modules.vision import VisionModule
 from tokenformer import TokenFormerViT, from_pretrained, save_pretrained
+from tokenformer.files import is_exported, wrong_kind
 from tokenformer.growth import Init
-from tokenformer.interop import CONFIG
 
 
 def grow_file(source: Path, out: Path, stage: Stage, recipe: Recipe) -> str:
@@ -34,9 +34,9 @@ def grow_file(source: Path, out: Path, stage: Stage, recipe: Recipe) -> str:
     Raises:
         ValueError: for files that can't be read or written, and for growth that is impossible.
     """
-    exported = (source / CONFIG).is_file()
-    if source.is_dir() and not exported:
-        raise ValueError(f"{source}: a folder, but no exported model: `tokenformer export` makes one of a checkpoint")
+    exported = is_exported(source)
+    if not exported and (source.suffix != ".ckpt" or not source.is_file()):
+        raise wrong_kind(source, "wanted is a checkpoint in one file (.ckpt) or the folder of an exported model")
     if not exported and out.suffix != source.suffix:
         raise ValueError(f"--out {out}: must end in {source.suffix}, as {source.name} does")
     if out.exists():

@@ -41,9 +41,10 @@ class HarnessModel(TemplateLM):
         device: default: a GPU, where there is one.
         dtype: float32, float16 or bfloat16. Default: the model's own. Scores are summed in float32 in any case.
         weights: of a checkpoint that has both: average (EMA) or raw.
+        tokenizer: bytes, the path of a tokenizer.json or hub:NAME. Default: the model's.
 
     Raises:
-        ValueError: for what is no language model, and a batch size below 1.
+        ValueError: for what is no language model, a batch size below 1 and a device that is not there.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class HarnessModel(TemplateLM):
         device: str | None = None,
         dtype: str | None = None,
         weights: Weights = "average",
+        tokenizer: str | None = None,
     ) -> None:
         super().__init__()
         if int(batch_size) < 1:
@@ -62,9 +64,12 @@ class HarnessModel(TemplateLM):
             raise ValueError(
                 f"{pretrained} is an image model, the tasks are of language: `tokenformer validate` gives its accuracy"
             )
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = model.to(self._device, dtype=None if dtype is None else getattr(torch, dtype))
-        self.tokenizer = tokenizer_of(Path(pretrained))
+        try:
+            self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.model = model.to(self._device, dtype=None if dtype is None else getattr(torch, dtype))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device}: {error}") from error
+        self.tokenizer = tokenizer_of(Path(pretrained), tokenizer)
         self.batch_size = int(batch_size)
         self.max_length = model.config.max_seq_len
 
@@ -83,7 +88,10 @@ class HarnessModel(TemplateLM):
         """Log-likelihood of each continuation, and whether each of its tokens is the likeliest one."""
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
-            raise ValueError(f"a continuation has {longest} tokens, the model was trained on {self.max_length}")
+            raise ValueError(
+                f"a continuation has {longest} tokens, more than max_seq_len={self.max_length}: leave out the task "
+                "(--tasks), or train on longer sequences"
+            )
         cut = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
         if cut:
             warnings.warn(

@@ -6,8 +6,10 @@ from typing import Any
 
 from lit_modules.growth import count_by_kind
 from tokenformer import TokenFormerLM, TokenFormerViT
+from tokenformer.files import WEIGHTS
 from tokenformer.growth import pattention_layers
 from tokenformer.interop import present_config
+from tokenformer.timm_models import create_call
 
 CITATION = "[TokenFormer](https://arxiv.org/abs/2410.23168)"
 
@@ -161,6 +163,9 @@ def _use(model: TokenFormerLM | TokenFormerViT, name: str, has_tokenizer: bool) 
     if isinstance(model, TokenFormerViT):
         side = model.config.image_size
         images = f"(B, {model.config.in_channels}, {side}, {side})"
-        return f"```python\n{python}\nlogits = model(images)  # {images}\n```{transformers}"
+        config: Any = present_config(model)
+        timm = create_call(config, f"{name}/{WEIGHTS}")
+        in_timm = f"After `import tokenformer`, in timm:\n\n```python\nimport timm\n\nmodel = {timm}.eval()\n```"
+        return f"```python\n{python}\nlogits = model(images)  # {images}\n```{transformers}\n\n{in_timm}"
     command = f'\n\n```\ntokenformer generate {name} --prompt "Once upon a time"\n```' if has_tokenizer else ""
     return f"```python\n{python}\nlogits = model(token_ids)  # (B, T)\n```{command}{transformers}"

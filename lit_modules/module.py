@@ -140,7 +140,15 @@ class TokenFormerModule(LightningModule, ABC):
         checkpoint["growths"] = self.growths
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the size of the saved model, before its weights are loaded and anything is wrapped around it."""
+        """Take the size of the saved model, before its weights are loaded and anything is wrapped around it.
+
+        Raises:
+            ValueError: for another kind of model, and for an average of weights that this run does not keep.
+        """
+        saved = checkpoint["hyper_parameters"].get("config", {})
+        if ("patch_size" in saved) != hasattr(self.config, "patch_size"):
+            kinds = ("language", "vision") if "patch_size" in saved else ("vision", "language")
+            raise ValueError(f"the checkpoint has a {kinds[1]} model, this run trains a {kinds[0]} model")
         self._refuse_average_without_ema(checkpoint)
         if "state_dict" in checkpoint:  # else the strategy, which has loaded the weights already, has done it
             self.restore_growth(checkpoint["state_dict"], checkpoint.get("growths", []))

@@ -48,8 +48,10 @@ class Run:
         self.columns: dict[str, Any] = {}
         if not (folder / "metrics.csv").is_file():
             inside = [path for path in folder.glob("*/metrics.csv") if "train/" in path.read_text()]
-            newest = max(inside, key=lambda path: path.stat().st_mtime).parent if inside else "runs/NAME/STAMP"
-            raise ValueError(f"{folder}/metrics.csv: no such file; give the folder of a run, such as {newest}")
+            near = [parent for parent in folder.absolute().parents if (parent / "metrics.csv").is_file()]
+            newest = max(inside, key=lambda path: path.stat().st_mtime, default=None)
+            run = newest.parent if newest else next(iter(near), "runs/NAME/STAMP")
+            raise ValueError(f"{folder}/metrics.csv: no such file; give the folder of a run, such as {run}")
         rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
         for column in rows[0].keys() - {"step"} if rows else ():
             points = [(int(row["step"]) + 1, float(row[column])) for row in rows if row[column]]  # row 9 is of step 10

@@ -4,14 +4,13 @@ A checkpoint is one file, or a folder to which each process has written its part
 dictionary that the one file holds.
 """
 
-import pickle
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from pickle import UnpicklingError
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 
 from datamodules.text import TextDataModule
@@ -19,10 +18,11 @@ from datamodules.tokenizer import Tokenizer, load_tokenizer
 from lit_modules.callbacks.checkpoint import damage
 from lit_modules.fsdp2 import CURRENT
 from lit_modules.language import LanguageModule
+from lit_modules.sharded import ShardReader
 from lit_modules.tokenizer_files import write_tokenizer_files
 from lit_modules.vision import VisionModule
 from tokenformer import TokenFormerLM, TokenFormerViT, from_pretrained
-from tokenformer.interop import CONFIG, wanted_command
+from tokenformer.files import SHARDED, is_exported, is_sharded, wrong_kind
 
 Weights = Literal["average", "raw"]
 
@@ -39,7 +39,7 @@ def load_saved(path: Path, weights: Weights = "average") -> TokenFormerLM | Toke
     Raises:
         ValueError: for what is neither, is damaged, or is a timm model's.
     """
-    return from_pretrained(path) if (path / CONFIG).is_file() else model_of(read_checkpoint(path), weights)
+    return from_pretrained(path) if is_exported(path) else model_of(read_checkpoint(path), weights)
 
 
 def model_of(checkpoint: dict[str, Any], weights: Weights = "average") -> TokenFormerLM | TokenFormerViT:
@@ -75,22 +75,38 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: for what is damaged or no checkpoint of this project; says which command reads it.
     """
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
-    if (path / "meta.pt").is_file():
-        return _read_sharded(path)
-    if path.is_dir() or path.suffix in (".safetensors", ".bin"):
-        raise ValueError(f"{path} is no checkpoint of `tokenformer fit`; {wanted_command(path)}")
+    head = read_head(path)
+    hyper = head.get("hyper_parameters", {})
+    if not {"config", "optim"} <= hyper.keys():
+        raise ValueError(f"{path} is the checkpoint of another LightningModule: `tokenformer fit` has not written it")
+    return head | _sharded_tensors(path) if is_sharded(path) else head
+
+
+def read_head(path: Path) -> dict[str, Any]:
+    """A checkpoint of Lightning; of a sharded one what it says beside its tensors.
+
+    Raises:
+        ValueError: as :func:`read_checkpoint`.
+    """
+    wanted = "wanted is a checkpoint of `tokenformer fit`"
+    if not path.is_file() and not is_sharded(path):
+        raise wrong_kind(path, wanted)
     if problem := damage(path):
-        raise ValueError(f"{path}: {problem}")
-    checkpoint: Any = torch.load(path, "cpu", weights_only=True, mmap=True)
-    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
-        raise ValueError(f"{path} is no checkpoint of `tokenformer fit`; {wanted_command(path)}")
-    return checkpoint
+        raise ValueError(f"{path}: {problem}") if path.suffix == ".ckpt" else wrong_kind(path, wanted)
+    try:
+        head: Any = torch.load(path / SHARDED if path.is_dir() else path, "cpu", weights_only=True, mmap=True)
+    except (RuntimeError, UnpicklingError) as error:  # another kind of zip file; one that holds more than tensors
+        raise wrong_kind(path, f"{wanted}, this holds something else") from error
+    if not isinstance(head, dict) or "pytorch-lightning_version" not in head or is_sharded(path.parent):
+        raise (
+            wrong_kind(path, wanted) if path.suffix != ".ckpt" else ValueError(f"{path} is no checkpoint of Lightning")
+        )
+    return head
 
 
-def _read_sharded(path: Path) -> dict[str, Any]:
-    reader = _Reader(path)
+def _sharded_tensors(path: Path) -> dict[str, Any]:
+    """The weights in a sharded checkpoint, and those beside an average, by the keys of a single file."""
+    reader = ShardReader(path)
     entries = reader.read_metadata().state_dict_metadata
     start = "state_dict."
     state = {
@@ -99,44 +115,9 @@ def _read_sharded(path: Path) -> dict[str, Any]:
         if name.startswith(start) and isinstance(entry, TensorStorageMetadata)
     }
     load_sharded({"state_dict": state}, storage_reader=reader, no_dist=True)
-    checkpoint: dict[str, Any] = torch.load(path / "meta.pt", weights_only=True)
     current = {name.removeprefix(CURRENT): t for name, t in state.items() if name.startswith(CURRENT)}
-    checkpoint["state_dict"] = {name: t for name, t in state.items() if not name.startswith(CURRENT)}
-    return checkpoint | ({"current_model_state": current} if current else {})
-
-
-class _Reader(FileSystemReader):
-    """FileSystemReader that reads its index, a pickle, without running code; the tensors' files it reads so anyway."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _Unpickler(file).load()
-        if metadata.storage_meta is not None:
-            metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the classes of such an index, and no others."""
-
-    KNOWN: ClassVar = {
-        "torch.distributed.checkpoint.metadata": (
-            "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties "
-            "TensorStorageMetadata _MEM_FORMAT_ENCODING"
-        ),
-        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
-        "torch.serialization": "_get_layout",
-        "torch": "Size",
-        "pathlib": "PosixPath WindowsPath",
-        "pathlib._local": "PosixPath WindowsPath",
-        "collections": "OrderedDict",
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in self.KNOWN.get(module, "").split():
-            raise ValueError(f"the checkpoint's .metadata names {module}.{name}, which is not part of a checkpoint")
-        return super().find_class(module, name)
+    weights = {name: t for name, t in state.items() if not name.startswith(CURRENT)}
+    return {"state_dict": weights} | ({"current_model_state": current} if current else {})
 
 
 def run_of(path: Path) -> Path | None:
@@ -168,7 +149,7 @@ def tokenizer_of(path: Path, given: str | None = None) -> Tokenizer:
     data = config_of(path).get("data", {})
     if data.get("class_path", "").rsplit(".", 1)[-1] != TextDataModule.__name__:
         raise ValueError(
-            f"{path}: there is no tokenizer.json in it and no config.yaml of a run beside it that names one"
+            f"{path}: has no tokenizer.json, nor is it in a run whose config.yaml names one: give one by --tokenizer"
         )
     return TextDataModule(**data["init_args"]).tokenizer
 

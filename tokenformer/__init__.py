@@ -14,9 +14,10 @@ from tokenformer.growth import grow
 from tokenformer.language import TokenFormerLM
 from tokenformer.operator import pattention
 from tokenformer.pattention import Pattention
+from tokenformer.released import load_official
 
 if TYPE_CHECKING:
-    from tokenformer.interop import from_pretrained, load_official, save_pretrained
+    from tokenformer.interop import from_pretrained, save_pretrained
     from tokenformer.vision import TokenFormerViT
 
 __all__ = [
@@ -33,9 +34,7 @@ __all__ = [
     "save_pretrained",
 ]
 
-_LATER = {"TokenFormerViT": "vision"} | dict.fromkeys(
-    ("from_pretrained", "load_official", "save_pretrained"), "interop"
-)
+_LATER = {"TokenFormerViT": "vision", "from_pretrained": "interop", "save_pretrained": "interop"}
 
 
 def __getattr__(name: str) -> Any:

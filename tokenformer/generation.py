@@ -117,7 +117,7 @@ class Sampler:
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if temperature < 0:
+        if not temperature >= 0:  # NaN is refused too
             raise ValueError(f"temperature={temperature}: must be at least 0, which takes the likeliest id")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k={top_k}: must be at least 1; leave it out to sample from all ids")

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenformer.backbone import KVCache
+from tokenformer.cache import KVCache
 from tokenformer.config import LMConfig, ViTConfig
 from tokenformer.interop import consolidated_state, present_config
 from tokenformer.language import TokenFormerLM
@@ -44,6 +44,11 @@ class _NativeConfig(PreTrainedConfig):
     """The fields of a native config by their names, and transformers' own beside them."""
 
     native_class: ClassVar[Any]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "dim",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "num_heads",
+    }
 
     def __post_init__(self, **kwargs: Any) -> None:
         for field in fields(self.native_class):
@@ -69,12 +74,7 @@ class TokenFormerConfig(_NativeConfig):
 
     model_type = "tokenformer"
     native_class = LMConfig
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "dim",
-        "num_hidden_layers": "depth",
-        "num_attention_heads": "num_heads",
-        "max_position_embeddings": "max_seq_len",
-    }
+    attribute_map = _NativeConfig.attribute_map | {"max_position_embeddings": "max_seq_len"}
 
 
 class TokenFormerViTConfig(_NativeConfig):
@@ -82,12 +82,7 @@ class TokenFormerViTConfig(_NativeConfig):
 
     model_type = "tokenformer_vit"
     native_class = ViTConfig
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "dim",
-        "num_hidden_layers": "depth",
-        "num_attention_heads": "num_heads",
-        "num_channels": "in_channels",
-    }
+    attribute_map = _NativeConfig.attribute_map | {"num_channels": "in_channels"}
 
     def __post_init__(self, **kwargs: Any) -> None:
         given = kwargs.get("num_classes", ViTConfig.num_classes)

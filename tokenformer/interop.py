@@ -1,11 +1,8 @@
-"""Models in files: the folder that is published (`model.safetensors`, `config.json`), and the released checkpoints."""
+"""Models in folders: `model.safetensors` and `config.json`, what is published and what others read."""
 
 import json
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenformer.config import LMConfig, ViTConfig
+from tokenformer.files import CONFIG, WEIGHTS, is_exported, wrong_kind
 from tokenformer.growth import COUNT_OF, pattention_layers
 from tokenformer.language import TokenFormerLM
 from tokenformer.pattention import Pattention
 from tokenformer.vision import TokenFormerViT
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-
 # What `model_type` in a config.json stands for: config, model, and the name of the model in transformers.
 KINDS: dict[str, tuple[Any, Any, str]] = {
     "tokenformer": (LMConfig, TokenFormerLM, "TokenFormerForCausalLM"),
     "tokenformer_vit": (ViTConfig, TokenFormerViT, "TokenFormerForImageClassification"),
-}
-
-# Width -> heads of the released Pile models (150M, 450M, 900M, 1.5B); a state dict does not tell the number of heads.
-RELEASED_HEADS = {768: 12, 1024: 16, 1280: 16, 1536: 16}
-
-RELEASED = "sequential."  # begins the names of their tensors
-_TOKENS = {
-    "qkv_tokens": r"attention\.(query|key|value)\.",
-    "proj_tokens": r"attention\.proj\.",
-    "ffn_tokens": r"\.mlp\.",
 }
 
 
@@ -86,23 +72,20 @@ def read_config(folder: str | Path) -> LMConfig | ViTConfig:
         ValueError: for what is no such folder.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder}: no folder with {CONFIG} and {WEIGHTS}; {wanted_command(folder)}")
-    given = json.loads((folder / CONFIG).read_text())
+    if not is_exported(folder):
+        raise wrong_kind(folder, f"wanted is a folder with {CONFIG} and {WEIGHTS}")
+    try:
+        given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: damaged: {error}") from error
     if given.get("model_type") not in KINDS:
         known = ", ".join(KINDS)
-        raise ValueError(f"{folder / CONFIG}: model_type={given.get('model_type')!r} is none of {known}")
+        raise ValueError(
+            f"{folder / CONFIG}: model_type={given.get('model_type')!r} is none of {known}; of a released checkpoint "
+            f"`tokenformer import {folder} --out DIR` makes such a folder"
+        )
     config_class = KINDS[given["model_type"]][0]
     return config_class(**{f.name: given[f.name] for f in fields(config_class) if f.name in given})
-
-
-def wanted_command(path: Path) -> str:
-    """Which command reads a file or folder, by its name."""
-    if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
-        return f"it is an exported model: `tokenformer.from_pretrained({str(path)!r})` reads it"
-    if path.suffix == ".ckpt" or (path / "meta.pt").exists():
-        return f"a checkpoint becomes one by `tokenformer export {path} --out DIR`"
-    return f"a released checkpoint becomes one by `tokenformer import {path} --out DIR`"
 
 
 def config_dict(model: TokenFormerLM | TokenFormerViT) -> dict[str, Any]:
@@ -213,93 +196,3 @@ def load_checked(
         wrong = {"missing": missing, "unknown": unknown}
         listed = "; ".join(f"{what} tensors: {', '.join(names)}" for what, names in wrong.items() if names)
         raise ValueError(f"{source}: the weights do not fit the config: {listed}")
-
-
-def load_official(source: str | Path | Mapping[str, Tensor], num_heads: int | None = None) -> TokenFormerLM:
-    """Build a TokenFormerLM from weights in the layout of the released checkpoints (sizes come from the shapes).
-
-    Args:
-        source: a state dict, or a file of one: ``.safetensors``, or what ``torch.save`` wrote (read without unpickling
-            code). Entries that are not the model's (their names don't start with ``sequential.``) are passed over.
-        num_heads: attention heads; known for the widths of the released models.
-
-    Returns:
-        The model, in the weights' own precision.
-
-    Raises:
-        ValueError: that lists the tensors that are missing, unknown or of a wrong shape; when `num_heads` is needed.
-    """
-    if not isinstance(source, Mapping):
-        path = Path(source)
-        source = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    shapes = {name: tensor.shape for name, tensor in source.items() if name.startswith(RELEASED)}
-    embedding = f"{RELEASED}0.word_embeddings.weight"
-    if len(shapes.get(embedding, ())) != 2:
-        known = {
-            "embedding.weight": "an exported model, which `tokenformer.from_pretrained` reads",
-            "state_dict": "a checkpoint of `tokenformer fit`, which `tokenformer export` reads",
-        }
-        what = next((f": this is {what}" for name, what in known.items() if name in source), "")
-        raise ValueError(f"no matrix {embedding!r}: not a released TokenFormer language model{what}")
-    vocab_size, dim = shapes[embedding]
-    if num_heads is None and dim not in RELEASED_HEADS:
-        raise ValueError(
-            f"give num_heads: it is known only for the released widths {sorted(RELEASED_HEADS)}, not {dim}"
-        )
-
-    blocks = (re.match(r"sequential\.(\d+)\.(attention|mlp)\.", name) for name in shapes)
-    depth = max((int(found[1]) - 1 for found in blocks if found), default=0)  # the first block is number 2
-    names = _official_names(depth)
-    wrong = {
-        "missing tensors": sorted(set(names.values()) - shapes.keys()),
-        "unknown tensors": sorted(shapes.keys() - set(names.values())),
-    }
-    counts: dict[str, Any] = {kind: _usual_rows(shapes, pattern) for kind, pattern in _TOKENS.items()}
-    if None not in counts.values():
-        config = LMConfig(
-            vocab_size=vocab_size,
-            max_seq_len=2048,
-            depth=depth,
-            dim=dim,
-            num_heads=num_heads or RELEASED_HEADS[dim],
-            **counts,
-        )
-        with torch.device("meta"):
-            expected = {name: parameter.shape for name, parameter in TokenFormerLM(config).named_parameters()}
-        wrong["shapes that contradict the other layers"] = [
-            f"{theirs} {tuple(shapes[theirs])}, not {tuple(expected[ours])}"
-            for ours, theirs in names.items()
-            if theirs in shapes and shapes[theirs] != expected[ours]
-        ]
-    if any(wrong.values()):
-        raise ValueError("; ".join(f"{what}: {', '.join(listed)}" for what, listed in wrong.items() if listed))
-    tensors = {ours: source[theirs] for ours, theirs in names.items()}
-    model = TokenFormerLM(config).to(reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()}))
-    model.load_state_dict(tensors, strict=False)  # tau stays sqrt(N)
-    return model
-
-
-def _usual_rows(shapes: Mapping[str, torch.Size], pattern: str) -> int | None:
-    """N of most of the matrices of parameter tokens whose names match; None where there are none."""
-    rows = [shape[0] for name, shape in shapes.items() if re.search(pattern, name) and len(shape) == 2]
-    return Counter(rows).most_common(1)[0][0] if rows else None
-
-
-def _official_names(depth: int) -> dict[str, str]:
-    """Our parameter names -> the released ones (facts: index 1 and depth + 2 hold no parameters)."""
-    names = {"embedding.weight": f"{RELEASED}0.word_embeddings.weight"}
-    layers = {
-        "attention.query": "attention.query",
-        "attention.key": "attention.key",
-        "attention.value": "attention.value",
-        "attention.out": "attention.proj",
-        "ffn": "mlp",
-    }
-    for i in range(depth):
-        for ours, theirs in layers.items():
-            for kind in ("key", "value"):
-                mine = f"backbone.blocks.{i}.{ours}.segments.0.{kind}s"
-                names[mine] = f"{RELEASED}{i + 2}.{theirs}.{kind}_param_tokens"
-    for kind in ("weight", "bias"):
-        names[f"backbone.norm.{kind}"] = f"{RELEASED}{depth + 3}.norm.{kind}"
-    return names

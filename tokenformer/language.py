@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenformer.backbone import Backbone, KVCache
+from tokenformer.backbone import Backbone
+from tokenformer.cache import KVCache
 from tokenformer.config import LMConfig
 from tokenformer.loss import linear_cross_entropy, token_nats_and_entropy
 

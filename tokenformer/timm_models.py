@@ -71,6 +71,16 @@ def build(img_size: int | Sequence[int] = 224, drop_rate: float = 0.0, **argumen
     return TokenFormerViT(ViTConfig(image_size=height, **{FIELD_OF[name]: value for name, value in arguments.items()}))
 
 
+def create_call(config: ViTConfig, weights: str) -> str:
+    """The line of Python by which timm builds a model of this config and reads its weights from a file."""
+    sizes = {name: getattr(config, name) for name in SIZE_NAMES}
+    other = {field.name: getattr(config, field.name) for field in fields(ViTConfig) if field.name not in sizes}
+    other = {name: value for name, value in other.items() if value != getattr(ViTConfig, name)}
+    given = {TIMM_NAMES.get(name, name): value for name, value in (sizes | other).items()}
+    arguments = ", ".join(f"{name}={value!r}" for name, value in (given | {"checkpoint_path": weights}).items())
+    return f"timm.create_model({next(iter(SIZES))!r}, {arguments})"
+
+
 def entrypoint(name: str, sizes: dict[str, int]) -> Callable[..., Any]:
     """What `timm.create_model` calls for a name."""
 

@@ -13,6 +13,8 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_modules.sharded import missing_part
+
 
 class Checkpoint(ModelCheckpoint):
     """ModelCheckpoint that also saves at the last step, and after the validation of a step instead of before it.
@@ -69,9 +71,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.fsync(file.fileno())
         partial.replace(path)
 
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a sharded checkpoint: go on with it by --trainer.strategy fsdp2")
+        return super().load_checkpoint(path, *args, **kwargs)
+
 
 def newest_whole(paths: Iterable[Path]) -> Path | None:
-    """The newest checkpoint file that is undamaged; damaged newer ones are passed over with a warning."""
+    """The newest checkpoint that is undamaged; damaged newer ones are passed over with a warning."""
     for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         if problem := damage(path):
             warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=2)
@@ -81,7 +88,9 @@ def newest_whole(paths: Iterable[Path]) -> Path | None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, by its zip directory and checksums; None if nothing is."""
+    """What is wrong with a checkpoint, by a file's zip directory and checksums; None if nothing is."""
+    if path.is_dir():
+        return missing_part(path)
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()

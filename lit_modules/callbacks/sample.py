@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from tokenformer import generate
 
@@ -26,8 +26,8 @@ class SampleText(Callback):
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
         self.temperature, self.seed = temperature, seed
 
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """All processes write the text, since with FSDP2 each has a part of the weights; the first keeps it."""
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         (ids,) = tokenizer.encode_batch([self.prompt])
         ids = [tokenizer.end_of_text, *ids]  # a new document begins
@@ -40,6 +40,8 @@ class SampleText(Callback):
             more = max(1, min(missing, context - len(seen)))
             (written,) = generate(pl_module.model, [seen], more, temperature=self.temperature, generator=generator)
             ids = ids + written[len(seen) :]
+        if not trainer.is_global_zero:
+            return
         text = tokenizer.decode(ids)
         path = Path(trainer.default_root_dir) / "sample.txt"
         path.write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_modules.growth import write_growths
@@ -56,8 +57,9 @@ class Summary(Callback):
                 "next:",
                 f"  tokenformer validate --config {config} --ckpt_path {best}",
                 f"  tokenformer predict --config {config} --ckpt_path {best} {pl_module.predict_option}",
-                f"  tensorboard --logdir {shorten(Path(self.run_dir).parent)}",
             ]
+            if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+                lines.append(f"  tensorboard --logdir {shorten(Path(self.run_dir).parent)}")
         rank_zero_info("\n".join(lines))
 
     def state_dict(self) -> dict[str, Any]:

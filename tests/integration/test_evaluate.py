@@ -115,7 +115,7 @@ def test_likelihoods_are_the_models(byte_model, batch_size, monkeypatch):
         before = (list(context.encode()) or [256])[-(97 - len(continuation)) :]
         assert score == pytest.approx(-nats(native, before, list(continuation.encode())), rel=1e-5)
         assert greedy == (continuation == likeliest)
-    with pytest.raises(ValueError, match="a continuation has 100 tokens, the model was trained on 96"):
+    with pytest.raises(ValueError, match="a continuation has 100 tokens, more than max_seq_len=96"):
         model.loglikelihood(asked(("a", "b" * 100)), disable_tqdm=True)
 
 
@@ -226,6 +226,13 @@ def test_mistakes_are_named(byte_model, piqa, tmp_path, monkeypatch):
     known = SimpleNamespace(all_tasks=["piqa"])
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults: known)  # the real one takes seconds
     assert "no such task; `lm_eval ls tasks`" in refused(byte_model, "--tasks", "piqqa")
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
+    assert "no network: without a network give --local DIR" in refused(byte_model, "--tasks", "piqa")
+    assert "--device nonsense: " in refused(byte_model, "--device", "nonsense", "--local", piqa)
     released = tmp_path / "pytorch_model.bin"
     torch.save({}, released)
     assert "tokenformer import" in refused(released, "--local", piqa)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from datamodules.tokenizer import ByteTokenizer, load_tokenizer
+from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole
 from lit_modules.cli import main
-from lit_modules.saved import load_saved, read_checkpoint, save_tokenizer, tokenizer_of
+from lit_modules.fsdp2 import FSDP2
+from lit_modules.saved import load_saved, module_of, read_checkpoint, save_tokenizer, tokenizer_of
 from tests.conftest import ASSETS
 from tests.integration.growing import checkpoint_of, config_of, contents, fit
 from tests.integration.test_training import rows
@@ -86,7 +89,7 @@ def test_a_checkpoint_away_from_its_run_is_exported_without_tokenizer(run, tmp_p
     (tmp_path / "alone.ckpt").write_bytes(checkpoint_of(run[1], 14).read_bytes())
     main(["grow", str(tmp_path / "alone.ckpt"), "--factor", "2", "--out", str(tmp_path / "grown.ckpt")])
     main(["export", str(tmp_path / "grown.ckpt"), "--out", str(tmp_path / "model"), "--dtype", "bfloat16"])
-    assert "no tokenizer was written, give one by --tokenizer" in capsys.readouterr().out
+    assert "no tokenizer was written; " in capsys.readouterr().out
     assert not (tmp_path / "model/tokenizer.json").exists()
     card = (tmp_path / "model/README.md").read_text()
     assert "not measured" in card
@@ -110,6 +113,9 @@ def test_a_sharded_checkpoint_is_exported(corpus, tmp_path):
         torch.distributed.destroy_process_group()
     sharded = checkpoint_of(tmp_path / "run", 14)
     assert sharded.is_dir()
+    assert newest_whole([checkpoint_of(tmp_path / "run", 12), sharded]) == sharded
+    with pytest.raises(ValueError, match=r"a sharded checkpoint: go on with it by --trainer\.strategy fsdp2"):
+        AtomicCheckpointIO().load_checkpoint(sharded)
     saved = contents(tmp_path / "run")
     for weights, start in (("average", "model."), ("raw", "current_model_state.model.")):
         main(["export", str(sharded), "--out", str(tmp_path / weights), "--weights", weights])
@@ -119,6 +125,13 @@ def test_a_sharded_checkpoint_is_exported(corpus, tmp_path):
         assert (tmp_path / weights / "tokenizer.json").exists()
     assert "1,792 tokens" in (tmp_path / "raw/README.md").read_text()
 
+    for part in (next(sharded.glob("*.distcp")), sharded / "meta.pt"):
+        whole = part.read_bytes()
+        part.write_bytes(whole[:-100])
+        assert f"its {'part ' if part.name != 'meta.pt' else ''}{part.name} is" in damage(sharded)
+        part.write_bytes(whole)
+    assert damage(sharded) is None
+
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "was here",)
@@ -126,29 +139,49 @@ def test_a_sharded_checkpoint_is_exported(corpus, tmp_path):
     (sharded / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="which is not part of a checkpoint"):
         read_checkpoint(sharded)
+    with pytest.raises(ValueError, match="which is not part of a checkpoint"):
+        FSDP2()._load_sharded(sharded)  # what a resumed run does
     assert not (tmp_path / "was here").exists()
 
 
 def test_the_wrong_kind_of_file_names_the_command(run, tmp_path):
     golden = tmp_path / "golden.safetensors"
     golden.write_bytes(GOLDEN.read_bytes())
-    exported = tmp_path / "exported"
+    exported, out = tmp_path / "exported", ["--out", str(tmp_path / "out")]
     main(["export", str(checkpoint_of(run[1], 14)), "--out", str(exported)])
     torch.save({"weight": torch.zeros(1)}, tmp_path / "pytorch_model.pt")
+    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1}, "pytorch-lightning_version": "2"}, tmp_path / "x.ckpt")
+    torch.save({"a": 1}, tmp_path / "y.ckpt")
+    torch.save({"a": Path()}, tmp_path / "z.pt")
     (tmp_path / "broken.ckpt").write_bytes(b"half of it")
     for command, path, message in (
-        ("export", golden, "is no checkpoint of `tokenformer fit`; .*`tokenformer import"),
-        ("export", exported, r"exported model: `tokenformer\.from_pretrained"),
+        ("export", golden, "`tokenformer import .*; wanted is a checkpoint of `tokenformer fit`"),
+        ("export", exported, "is an exported model, for .*; wanted is a checkpoint"),
+        ("export", run[1], r"the newest is .*/checkpoints/.*\.ckpt; wanted is a checkpoint"),
+        ("export", tmp_path / "x.ckpt", "is the checkpoint of another LightningModule"),
+        ("export", tmp_path / "y.ckpt", "is no checkpoint of Lightning"),
+        ("export", tmp_path / "z.pt", "`tokenformer import .*this holds something else"),
         ("export", tmp_path / "none.ckpt", "no such file"),
         ("export", tmp_path / "broken.ckpt", "truncated or not a checkpoint"),
-        ("export", tmp_path / "pytorch_model.pt", "no checkpoint of `tokenformer fit`; .*`tokenformer import"),
-        ("import", checkpoint_of(run[1], 14), "is a checkpoint of `tokenformer fit`; .*`tokenformer export"),
-        ("import", exported, r"an exported model, which `tokenformer\.from_pretrained` reads"),
+        ("export", tmp_path / "pytorch_model.pt", "`tokenformer import .*; wanted is a checkpoint"),
+        ("import", checkpoint_of(run[1], 14), "`tokenformer export .*; wanted is a released checkpoint"),
+        ("import", exported, "is an exported model, for .*; it has no tensors"),
         ("import", golden, "give num_heads"),
+        ("generate", run[1], "the newest is .*; wanted is a checkpoint"),
+        ("grow", golden, "`tokenformer import .*; wanted is a checkpoint in one file"),
+        ("grow", run[1], "the newest is .*; wanted is a checkpoint in one file"),
     ):
+        rest = {"generate": ["--prompt", "a"], "grow": ["--factor", "2", *out]}
         with pytest.raises(ValueError, match=message):
-            main([command, str(path), "--out", str(tmp_path / "out")])
+            main([command, str(path), *rest.get(command, out)])
         assert not list(tmp_path.glob("out*"))
+    for path, message in ((run[1], "ckpt_path=.*the newest is"), (exported, "an exported model.*`last` takes")):
+        with pytest.raises(ValueError, match=message):
+            main(["validate", "--config", str(run[0]), "--ckpt_path", str(path), "--run_dir", str(tmp_path / "out")])
+        assert not (tmp_path / "out").exists()
+    module = module_of(read_checkpoint(checkpoint_of(run[1], 14)))
+    with pytest.raises(ValueError, match="has a vision model, this run trains a language model"):
+        module.on_load_checkpoint({"hyper_parameters": {"config": {"patch_size": 4}}})
     for command in ("import", "export"):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
@@ -188,7 +221,7 @@ def test_what_can_not_be_imported_is_refused(tmp_path, shared_data):
     (zero / "global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     with pytest.raises(ValueError, match=r"python zero_to_fp32\.py"):
         main(["import", str(zero), *command])
-    with pytest.raises(ValueError, match=r"has none of pytorch_model\.bin, model\.safetensors"):
+    with pytest.raises(ValueError, match=r"wanted is .* pytorch_model\.bin or model\.safetensors in a folder"):
         main(["import", str(tmp_path), *command])
     index = {"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
@@ -204,7 +237,7 @@ def test_what_can_not_be_imported_is_refused(tmp_path, shared_data):
         main(["import", str(tmp_path / "evil.bin"), *command])
     assert not (tmp_path / "was here").exists()
     (tmp_path / "half.bin").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"half\.bin: "):
+    with pytest.raises(ValueError, match=r"half\.bin is .*; damaged, or no file of tensors"):
         main(["import", str(tmp_path / "half.bin"), *command])
     neox = str(shared_data / "tokenizer/gpt-neox-20b/tokenizer.json")
     with pytest.raises(ValueError, match="makes ids up to 50276, the model has 128"):
@@ -250,7 +283,7 @@ def test_an_imported_model_grows(tmp_path, golden_lm):
     assert "140,416 -> " in (tmp_path / "grown/README.md").read_text()
 
 
-def test_an_image_model_is_exported(tmp_path):
+def test_an_image_model_is_exported(tmp_path, monkeypatch):
     settings = json.loads(json.dumps(TINY_VISION))
     settings["model"]["init_args"]["config"] |= {"image_size": 8, "patch_size": 4}
     settings["data"]["init_args"] |= {"source": "digits", "image_size": 8, "batch_size": 64}
@@ -260,6 +293,8 @@ def test_an_image_model_is_exported(tmp_path):
     main(["fit", "--config", str(tmp_path / "digits.yaml"), "--run_dir", str(tmp_path / "run")])
     checkpoint = checkpoint_of(tmp_path / "run", 8)
     main(["export", str(checkpoint), "--out", str(tmp_path / "model")])
+    with pytest.raises(ValueError, match="--tokenizer bytes: leave it out, .* is an image model"):
+        main(["export", str(checkpoint), "--out", str(tmp_path / "other"), "--tokenizer", "bytes"])
     model, saved = from_pretrained(tmp_path / "model"), load_saved(checkpoint)
     assert all(torch.equal(model.state_dict()[n], t) for n, t in consolidated_state(saved).items())
     assert (len(saved.backbone.blocks[0].ffn.segments), len(model.backbone.blocks[0].ffn.segments)) == (2, 1)
@@ -267,3 +302,12 @@ def test_an_image_model_is_exported(tmp_path):
     assert "| classes | 10 |" in card
     assert f"| `val/top1` | {rows(tmp_path / 'run', 'val/top1')[-1][1]:.5g} |" in card
     assert not (tmp_path / "model/tokenizer.json").exists()
+    # the card's lines of Python, of the library and of timm, give the model
+    monkeypatch.chdir(tmp_path)
+    images = torch.randn(2, model.config.in_channels, 8, 8)
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        names = {"images": images}
+        exec(snippet, names)
+        assert torch.equal(names["model"](images), model(images))

@@ -187,13 +187,13 @@ def test_errors_say_what_to_do(exported, run_dir, tmp_path):
         ([folder, "--prompt", "x " * 100], "max_seq_len=64: give less of a prompt"),
         ([folder, *prompt, "--top_p", 2], "top_p=2.0"),
         ([folder, *prompt, "--tokenizer", "bytes"], None),
-        ([no_tokenizer, *prompt], "no tokenizer"),
+        ([no_tokenizer, *prompt], "has no tokenizer.json.*give one by --tokenizer"),
         ([no_tokenizer, *prompt, "--tokenizer", folder / "tokenizer.json"], "ids up to 276, .*vocab_size=257"),
-        ([alone, *prompt], "no tokenizer"),
+        ([alone, *prompt], "has no tokenizer.json.*give one by --tokenizer"),
         ([alone, *prompt, "--tokenizer", "bytes"], None),
         ([vision, *prompt], "is an image model and writes no text"),
         ([tmp_path / "nowhere", *prompt], "no such file or folder"),
-        ([run_dir / "metrics.csv", *prompt], "not a checkpoint"),
+        ([run_dir / "metrics.csv", *prompt], "neither a checkpoint nor .*; wanted is a checkpoint"),
     ]:
         if message is None:
             main(["generate", *map(str, args)])

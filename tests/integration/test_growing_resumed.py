@@ -95,6 +95,7 @@ FULL = [
     "--trainer.strategy.save_distributed_checkpoint=false",
 ]
 EMA = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
+SAMPLE = ["--trainer.callbacks+=SampleText", "--trainer.callbacks.max_new_tokens=4"]
 TWO = {
     "ddp": (DDP, {}),
     "ddp, static graph, bf16-true": (
@@ -123,7 +124,7 @@ TWO = {
         [*FSDP2, "--model.checkpoint_activations=true", "--trainer.precision=bf16-mixed"],
         {"scale": "anneal", "anneal_steps": 4},
     ),
-    "fsdp2, bf16-true": ([*FSDP2, "--trainer.precision=bf16-true"], {}),
+    "fsdp2, bf16-true": ([*FSDP2, *SAMPLE, "--trainer.precision=bf16-true"], {}),
     "fsdp2, EMA, old ones slowly": ([*FSDP2, *EMA], {"old_lr_scale": 0.3}),
     "fsdp2, only the new": ([*FSDP2, "--model.config.scale=learned"], {"train": "new", "init": "pairs"}),
     "fsdp2, full": (FULL, {}),
@@ -175,6 +176,13 @@ def test_two_processes_resume_exactly(in_two_processes, name):
         run = in_two_processes / name / f"from-{step}"
         assert difference(whole, run) == 0, step
         assert logged(run) == logged(whole, step), step
+
+
+def test_sharded_weights_write_a_text(in_two_processes):
+    """Each process has a part of the weights, so all must take part, or they would wait for ever."""
+    texts = {(run / "sample.txt").read_text() for run in (in_two_processes / "fsdp2, bf16-true").glob("*/")}
+    assert len(texts) == 1
+    assert len(texts.pop()) > len("def ")
 
 
 def test_strategies_and_numbers_of_processes_agree(in_two_processes, corpus, tmp_path):

@@ -40,14 +40,17 @@ def history(path):
     return rows
 
 
-def test_weights_and_biases(corpus, tmp_path, monkeypatch):
+def test_weights_and_biases(corpus, tmp_path, monkeypatch, caplog):
     wandb = pytest.importorskip("wandb", reason="needs the package wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     init = {"offline": True, "save_dir": str(tmp_path), "project": "tokenformer"}
     logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": init}
     callbacks = [{"class_path": name} for name in ("SampleText", "CompressionBaseline", "LossCurve", "EMA")]
     config = write_config(tmp_path, corpus, trainer={"max_steps": 4, "logger": logger, "callbacks": callbacks})
-    main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")])
+    with caplog.at_level("INFO"):
+        main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")])
+    assert "tokenformer predict --config" in caplog.text
+    assert "tensorboard" not in caplog.text  # is not what this run logs to
     wandb.teardown()  # at the end of a process it does so by itself: waits until all is written
 
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")

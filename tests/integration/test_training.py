@@ -300,7 +300,7 @@ BAD = [
     (["--model.optim.lr", "0"], ValueError, "optim.lr=0"),
     (["--trainer.callbacks=EMA", "--trainer.precision=bf16-true"], ValueError, "use bf16-mixed"),
     (["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"], ValueError, "trainer.max_steps=-1"),
-    (["--ckpt_path", "nowhere.ckpt"], ValueError, "ckpt_path='nowhere.ckpt': no such file"),
+    (["--ckpt_path", "nowhere.ckpt"], ValueError, "ckpt_path=nowhere.ckpt: no such file"),
     (["--ckpt_path", "last"], ValueError, "there is no whole checkpoint in"),
     (["--model.optim.lrr", "1"], SystemExit, "unknown key 'optim.lrr': did you mean 'lr'"),
     (["--data.sed_len", "1"], SystemExit, "unknown key 'sed_len': did you mean 'seq_len'"),

@@ -200,6 +200,8 @@ def test_mistakes_are_named_with_their_fix(grown, plain, tmp_path):
     os.utime(grown.parent / "20260301-120000-0000-validate" / "metrics.csv", (3e9, 3e9))
     with pytest.raises(ValueError, match=f"{grown.parent}/metrics.csv: no such file; .*, such as {newest}$"):
         plot([plain, grown.parent])
+    with pytest.raises(ValueError, match=f"step.ckpt/metrics.csv: no such file; .*, such as {plain}$"):
+        main([str(plain / "checkpoints/step.ckpt")])
     with pytest.raises(ValueError, match="such as runs/NAME/STAMP"):
         plot([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match=f"{plain}/metrics.csv: no val/los; .* logged .*train/loss, .*val/loss"):

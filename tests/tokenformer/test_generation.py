@@ -216,6 +216,7 @@ def test_a_stream_asks_whether_a_row_ends_when_the_next_step_is_wanted(model):
         ([], {}, "there is none"),
         ([[50]], {}, "ids from 50 to 50, vocab_size=50"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
+        ([[1]], {"temperature": math.nan}, "temperature=nan"),
         ([[1]], {"top_k": 0}, "top_k=0"),
         ([[1]], {"top_p": 0.0}, "top_p=0.0"),
         ([[1]], {"top_p": 1.1}, "top_p=1.1"),

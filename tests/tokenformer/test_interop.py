@@ -103,15 +103,20 @@ def test_layers_of_different_sizes_and_baselines(tmp_path):
 
 
 def test_what_is_no_exported_model_is_refused(tmp_path):
-    (tmp_path / "bin").mkdir()
-    with pytest.raises(ValueError, match="no folder with config.json.*`tokenformer import"):
-        from_pretrained(tmp_path / "bin")
-    with pytest.raises(ValueError, match=r"`tokenformer export .*step\.ckpt --out DIR`"):
+    (tmp_path / "step.ckpt").touch()
+    with pytest.raises(
+        ValueError, match=r"`tokenformer export .*step\.ckpt --out DIR.*; wanted is a folder with config"
+    ):
         from_pretrained(tmp_path / "step.ckpt")
     save_pretrained(language_model(), tmp_path / "lm")
     config = json.loads((tmp_path / "lm/config.json").read_text())
     (tmp_path / "lm/config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="model_type='gpt2' is none of tokenformer, tokenformer_vit"):
+    with pytest.raises(
+        ValueError, match="model_type='gpt2' is none of tokenformer, tokenformer_vit; .*`tokenformer imp"
+    ):
+        from_pretrained(tmp_path / "lm")
+    (tmp_path / "lm/config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: damaged"):
         from_pretrained(tmp_path / "lm")
     (tmp_path / "lm/config.json").write_text(json.dumps(config | {"depth": 3, "transformers_version": "5"}))
     with pytest.raises(ValueError, match=r"missing tensors: backbone\.blocks\.2\."):
@@ -173,7 +178,7 @@ def test_timm_reads_an_exported_model(init, tmp_path):
     assert torch.equal(loaded(images), from_pretrained(tmp_path)(images))
 
 
-def test_all_that_is_wrong_with_a_released_checkpoint_is_listed(golden_lm):
+def test_all_that_is_wrong_with_a_released_checkpoint_is_listed(golden_lm, tmp_path):
     weights = {name: tensor for name, tensor in golden_lm.items() if name.startswith("sequential.")}
     del weights["sequential.2.mlp.key_param_tokens"], weights["sequential.6.norm.bias"]
     weights["sequential.4.mlp.value_param_tokens"] = torch.zeros(8, 64)
@@ -185,8 +190,18 @@ def test_all_that_is_wrong_with_a_released_checkpoint_is_listed(golden_lm):
         "unknown tensors: sequential.3.attention.query.bias; "
         "shapes that contradict the other layers: sequential.4.mlp.value_param_tokens (8, 64), not (160, 64)"
     )
-    with pytest.raises(ValueError, match=r"an exported model, which `tokenformer\.from_pretrained` reads"):
+    with pytest.raises(ValueError, match="no matrix .*: not a released TokenFormer"):
         load_official(language_model().state_dict())
+    save_pretrained(language_model(), tmp_path / "ours")
+    torch.save({"sequential": 1}, tmp_path / "none.bin")
+    (tmp_path / "text.txt").write_text("hello")
+    for path, said in (
+        ("ours", "an exported model"),
+        ("none.bin", "no tensors seq"),
+        ("text.txt", "no file of tensors"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_official(tmp_path / path)
 
 
 def test_no_bit_of_a_released_checkpoint_is_lost(golden_lm, tmp_path):

@@ -61,7 +61,7 @@ def test_loss_and_gradients_equal_the_released_implementation(golden_lm, checkpo
     loss.backward()
     assert abs(loss - golden_lm["loss_f64"]) < 1e-12
     parameters = dict(model.named_parameters())
-    from tokenformer.interop import _official_names
+    from tokenformer.released import _official_names
 
     given = {
         "embedding.weight": "sequential.0.word_embeddings.weight",

@@ -1,0 +1,58 @@
+"""What lies at a path, for whoever was given the wrong thing: nothing is opened, names and neighbours tell."""
+
+from pathlib import Path
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of an exported model's folder
+RELEASED_WEIGHTS = ("pytorch_model.bin", "model.safetensors")  # of a released checkpoint's; or shards and their index
+SHARDED = "meta.pt"  # what Lightning writes into the folder of a sharded checkpoint
+
+
+def wrong_kind(path: str | Path, wanted: str) -> ValueError:
+    """The error of a path that should have been something else; says what it is and which command reads it."""
+    path = Path(path)
+    return ValueError(f"{path}: no such file or folder" if not path.exists() else f"{path} is {kind(path)}; {wanted}")
+
+
+def kind(path: Path) -> str:
+    """What lies at a path, and what to do with it."""
+    if is_exported(path):
+        return "an exported model, for `tokenformer generate`, `evaluate`, `grow` and `fit --model.init_from`"
+    if is_exported(path.parent):
+        return f"a part of the exported model {path.parent}: give that folder"
+    if path.suffix == ".ckpt" or is_sharded(path):
+        return f"a checkpoint of a training: `tokenformer export {path} --out DIR` makes an exported model of it"
+    if is_sharded(path.parent):
+        return f"a part of the sharded checkpoint {path.parent}: give that folder"
+    if inside := [found for start in ("", "checkpoints/", "*/checkpoints/") for found in path.glob(f"{start}*.ckpt")]:
+        newest = max(inside, key=lambda found: found.stat().st_mtime_ns)
+        return f"a folder with checkpoints of a training: give one of them, the newest is {newest}"
+    if is_zero(path):
+        return (
+            "a DeepSpeed ZeRO checkpoint in parts: make them one file by the script that lies in it, "
+            f"`cd {path} && python zero_to_fp32.py . pytorch_model.bin`, and `tokenformer import` that"
+        )
+    if path.suffix in (".yaml", ".yml"):
+        return f"a config: `tokenformer fit --config {path}` trains by it"
+    if path.suffix in (".bin", ".safetensors", ".pt", ".pth") or has_weights(path):
+        return f"weights alone: `tokenformer import {path} --out DIR` reads those of a released checkpoint"
+    return "neither a checkpoint nor an exported model nor a released checkpoint"
+
+
+def is_exported(path: Path) -> bool:
+    """Whether it is a folder with a model's config and weights, ours or not."""
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether it is a checkpoint to which each process has written its part."""
+    return (path / SHARDED).is_file()
+
+
+def is_zero(path: Path) -> bool:
+    """Whether it is what DeepSpeed ZeRO has written, each process its part."""
+    return (path / "zero_to_fp32.py").is_file() or any(path.glob("**/*zero_pp_rank_*"))
+
+
+def has_weights(path: Path) -> bool:
+    """Whether it is a folder with a file of weights, or the index of its shards."""
+    return any((path / f"{name}{end}").is_file() for name in RELEASED_WEIGHTS for end in ("", ".index.json"))
