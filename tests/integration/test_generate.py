@@ -225,7 +225,9 @@ def test_a_sample_of_a_training_goes_on_past_the_context(tmp_path):
             return super().decode(ids)
 
     tokenizer, model = Counting(), language_model()
-    trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=tokenizer), default_root_dir=tmp_path)
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(tokenizer=tokenizer), is_global_zero=True, default_root_dir=tmp_path
+    )
     module = SimpleNamespace(model=model, eval=lambda: None)
     SampleText(prompt="def ", max_new_tokens=150, temperature=0).on_train_end(trainer, module)
     ids = tokenizer.decoded
