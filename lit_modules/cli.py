@@ -5,6 +5,7 @@ Nothing heavy is imported at the top, so that `tokenformer --help` answers at on
 
 import os
 import sys
+from contextlib import nullcontext
 
 HELP = """usage: tokenformer COMMAND --config FILE [--KEY VALUE ...]
 
@@ -31,6 +32,8 @@ commands:
                                       tokenformer evaluate CKPT --tasks hellaswag,piqa
   generate   let a language model go on with a text
                                       tokenformer generate CKPT --prompt TEXT
+  submit     train as a Slurm job, which goes on by itself when it is preempted or its time is up
+                                      tokenformer submit --config FILE --nodes 2 --gpus-per-node 8 --time 24:00:00
   plot       loss over steps, tokens, FLOPs and time, of one or several runs
                                       tokenformer plot RUN...
 
@@ -92,9 +95,16 @@ def main(args: list[str] | None = None) -> None:
         from lit_modules.import_released import main as import_released
 
         return import_released(given[1:])
-    from lit_modules.experiment import run
+    if given[0] == "submit":
+        from lit_modules.submit import main as submit
 
-    run(args)
+        return submit(given[1:])
+    from lit_modules.preemption import listening
+
+    with listening() if given[0] == "fit" else nullcontext():
+        from lit_modules.experiment import run
+
+        run(args)
 
 
 if __name__ == "__main__":
