@@ -13,18 +13,18 @@ from lit_modules.cli import main
 from tests.integration.test_resume import assert_same
 from tests.integration.test_training import rows, write_config
 
+SIGNAL_AT = "tests.integration.told.SignalAt"
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
 STEP |= {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
 STEP |= {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_JOB_NAME": "tiny"}
 
 
-def told_at(step, number, validating=False):
-    kill = ["--trainer.callbacks+=tests.integration.kill.KillAt", f"--trainer.callbacks.step={step}"]
-    return [*kill, f"--trainer.callbacks.number={int(number)}", f"--trainer.callbacks.validating={validating}"]
+def told_at(step, name):
+    return [f"--trainer.callbacks+={SIGNAL_AT}", f"--trainer.callbacks.step={step}", f"--trainer.callbacks.name={name}"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
-def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, number, code):
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 75)])
+def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, name, code):
     """Told after step 5, so with a gradient accumulated at the next batch; it stops after step 6, at a validation."""
     config = write_config(tmp_path, corpus, trainer={"log_every_n_steps": 1, "accumulate_grad_batches": 2})
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -32,12 +32,12 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, number, code
     main([*command, "--run_dir", str(whole)])
     handlers = [signal.getsignal(each) for each in preemption.EXIT_CODES]
     with pytest.raises(SystemExit) as ended:
-        main([*command, "--run_dir", str(stopped), *told_at(5, number)])
+        main([*command, "--run_dir", str(stopped), *told_at(5, name)])
     assert ended.value.code == code
     assert [signal.getsignal(each) for each in preemption.EXIT_CODES] == handlers
     assert [path.name for path in (stopped / "checkpoints").glob("step-*")] == ["step-00000006.ckpt"]
     assert rows(stopped, "val/loss") == rows(whole, "val/loss")[:3]
-    assert (stopped / "requeue").exists() == (number == signal.SIGUSR1)
+    assert (stopped / "requeue").exists() == (name == "SIGUSR1")
     main([*command, "--run_dir", str(stopped)])
     for column in ("train/loss", "train/tokens", "val/loss"):
         assert rows(stopped, column) == rows(whole, column), column
@@ -48,7 +48,7 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, number, code
 
 def test_told_at_its_last_step_a_run_ends_as_always(corpus, tmp_path):
     config = write_config(tmp_path, corpus)
-    main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), *told_at(8, signal.SIGUSR1, True)])
+    main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), *told_at(8, "SIGUSR1")])
     assert not (tmp_path / "run" / "requeue").exists()
 
 
