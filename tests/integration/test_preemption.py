@@ -30,11 +30,10 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, name, code):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     command = ["fit", "--config", str(config), "--checkpoint.every_n_train_steps=100", "--ckpt_path=auto"]
     main([*command, "--run_dir", str(whole)])
-    handlers = [signal.getsignal(each) for each in preemption.EXIT_CODES]
     with pytest.raises(SystemExit) as ended:
         main([*command, "--run_dir", str(stopped), *told_at(5, name)])
     assert ended.value.code == code
-    assert [signal.getsignal(each) for each in preemption.EXIT_CODES] == handlers
+    assert preemption._note not in [signal.getsignal(each) for each in preemption.EXIT_CODES]
     assert [path.name for path in (stopped / "checkpoints").glob("step-*")] == ["step-00000006.ckpt"]
     assert rows(stopped, "val/loss") == rows(whole, "val/loss")[:3]
     assert (stopped / "requeue").exists() == (name == "SIGUSR1")
