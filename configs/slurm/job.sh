@@ -28,8 +28,8 @@ srun --kill-on-bad-exit=1 --open-mode=append --output="$run/logs/task-%t.log" @s
     @command fit --config @config --run_dir "$run" --ckpt_path auto @overrides
 code=$?
 
-# A run that was told to stop has saved a checkpoint and left this file.
+# A run that was told to stop has saved a checkpoint and left this file. (Of an array only this task: ARRAY_TASK.)
 if [ -e "$run/requeue" ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 fi
 exit $code

@@ -96,16 +96,17 @@ def test_an_array_has_a_folder_and_a_seed_for_each_task_and_sigterm_ends_one(clu
     runs = [tmp_path / "run" / index for index in "01"]
     for run in runs:
         wait_for(run / "held", run / "logs")
-    cluster.run("scancel", "--signal=TERM", f"{job}_1")
-    cluster.run("scancel", "--signal=USR1", f"{job}_0")
-    ended = cluster.wait(f"{job}_1")
-    assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("FAILED", "0", "143:0")
-    # At step 4 a validation is due; it comes first.
-    assert [path.name for path in (runs[1] / "checkpoints").glob("step-*")] == ["step-00000004.ckpt"]
-    assert [step for step, _ in logged(runs[1])["val/loss"]] == [3]
+    cluster.run("scancel", "--signal=TERM", f"{job}_0")
     ended = cluster.wait(f"{job}_0")
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "143:0")
+    # At step 4 a validation is due; it comes first.
+    assert [path.name for path in (runs[0] / "checkpoints").glob("step-*")] == ["step-00000004.ckpt"]
+    assert [step for step, _ in logged(runs[0])["val/loss"]] == [3]
+    cluster.run("scancel", "--signal=USR1", f"{job}_1")
+    ended = cluster.wait(f"{job}_1")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
-    assert contents(runs[0])
+    assert cluster.job(f"{job}_0")["Restarts"] == "0"  # the array itself was not requeued
+    assert contents(runs[1])
     assert [yaml.safe_load((run / "config.yaml").read_text())["seed_everything"] for run in runs] == [0, 1]
 
 
