@@ -1,11 +1,14 @@
 """A run that is told to stop saves at the end of a step; what starts again in its folder goes on from there."""
 
+import multiprocessing
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lit_modules import preemption
 from lit_modules.callbacks import Preemption
@@ -84,6 +87,38 @@ def test_a_task_of_a_job_has_the_folder_of_that_job_and_goes_on_in_it(corpus, tm
     monkeypatch.setenv("SLURM_JOB_ID", "78")  # another job
     main([*command, "--ckpt_path=auto", "--trainer.max_steps=2"])
     assert (tmp_path / "runs/tiny/slurm-78.0/checkpoints/step-00000002.ckpt").exists()
+
+
+def _answers(rank, folder, told, answers):
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    callback = Preemption("run")
+    callback._group = dist.new_group(backend="gloo")
+    seen = []
+    for step in range(6):
+        preemption._asked = preemption._asked or told[rank].get(step, 0)
+        seen.append(int(callback._agree()))
+        if rank == step % 2:
+            time.sleep(0.1)  # neither waits for the other
+    answers.put((rank, seen))
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ([{}, {2: signal.SIGTERM}], [0, 0, 0, 15, 15, 15]),
+        ([{1: signal.SIGTERM}, {3: signal.SIGUSR1}], [0, 0, 15, 15, 10, 10]),
+    ],
+)
+def test_what_one_process_hears_all_know_at_the_same_step(tmp_path, told, expected):
+    fork = multiprocessing.get_context("fork")  # imports nothing anew
+    answers = fork.Queue()
+    processes = [fork.Process(target=_answers, args=(rank, tmp_path, told, answers)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(60)
+    assert found == {0: expected, 1: expected}
 
 
 def test_processes_that_resume_from_different_checkpoints_stop():
