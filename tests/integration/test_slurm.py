@@ -70,7 +70,7 @@ def test_two_nodes_equal_one_machine_and_a_preempted_job_an_undisturbed_one(clus
     assert (whole / "growth.csv").read_text().count("\n") == 3
     assert yaml.safe_load((whole / "config.yaml").read_text())["trainer"]["num_nodes"] == 2
 
-    second = submit(capsys, config, preempted, *request, *options, *hold(8), "--data.num_workers=1")
+    second = submit(capsys, config, preempted, *request, *options, *hold(8))
     wait_for(preempted / "held", preempted / "logs")
     cluster.run("scancel", "--signal=USR1", second)
     job = cluster.wait(second)
@@ -91,7 +91,7 @@ def test_two_nodes_equal_one_machine_and_a_preempted_job_an_undisturbed_one(clus
 
 def test_an_array_has_a_folder_and_a_seed_for_each_task_and_sigterm_ends_one(cluster, corpus, tmp_path, capsys):
     config = config_of(tmp_path, corpus, trainer={"log_every_n_steps": 1})
-    saves = ["--checkpoint.every_n_train_steps=100", "--checkpoint.save_top_k=1"]
+    saves = ["--checkpoint.every_n_train_steps=100", "--checkpoint.save_top_k=1", "--data.num_workers=1"]
     job = submit(capsys, config, tmp_path / "run", "--array", "0-1", "--", *saves, *hold(3))
     runs = [tmp_path / "run" / index for index in "01"]
     for run in runs:
@@ -119,7 +119,7 @@ def test_a_wrong_number_of_tasks_and_a_missing_srun_are_errors(cluster, corpus, 
     job = cluster.wait(cluster.sbatch(script, "--nodes=1", "--ntasks-per-node=2"))
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "1:0")
     assert "has 2 tasks, but the command was started without srun" in (tmp_path / "batch.log").read_text()
-    # Which Lightning would let pass, and wait for the second task.
+    # Which Lightning would let pass, and train on one device.
     message = (
         "srun has started 1 tasks on 1 nodes .* trainer.num_nodes=1 x trainer.devices=2: set --nodes=1 and --ntasks"
     )
