@@ -168,7 +168,7 @@ class ExperimentCLI(LightningCLI):
         if self.config.subcommand in ("prepare", "plan"):
             return
         per_node = config.trainer.devices
-        check_tasks(None if per_node == "auto" else num_devices(per_node, 1), config.trainer.num_nodes)
+        check_tasks(None if str(per_node) in ("auto", "-1") else num_devices(per_node, 1), config.trainer.num_nodes)
         self._own_run_dir = config.run_dir is not None
         if RUN_DIR not in os.environ:
             run_dir, checkpoint = _settle(self.config.subcommand, config)

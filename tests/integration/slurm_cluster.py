@@ -88,7 +88,7 @@ class Cluster:
         fields = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def wait(self, job: str, timeout: float = 90) -> dict[str, str]:
+    def wait(self, job: str, timeout: float = 180) -> dict[str, str]:
         """Until it is over, requeued runs included."""
         self._until(lambda: self.job(job)["JobState"] in OVER, f"job {job} does not end", timeout)
         return self.job(job)

@@ -50,7 +50,7 @@ def hold(step):
 
 
 def wait_for(file, logs):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not file.exists():
         assert time.monotonic() < end, "\n".join(log.read_text()[-3000:] for log in logs.glob("*.log"))
         time.sleep(0.1)

@@ -36,7 +36,7 @@ class Hold(Callback):
     def on_train_batch_end(self, trainer, *_) -> None:
         if self.fresh and trainer.is_global_zero and trainer.global_step == self.step:
             Path(trainer.default_root_dir, "held").touch()
-            end = time.monotonic() + 60
+            end = time.monotonic() + 120
             while not preemption.asked():
                 assert time.monotonic() < end, "nobody sent a signal"
                 time.sleep(0.05)
