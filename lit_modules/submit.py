@@ -136,7 +136,7 @@ def job_script(asked: argparse.Namespace, name: str, tasks: int, folder: Path) -
     lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
     lines += [f"#SBATCH {option}" for option in asked.sbatch]
     # Since Slurm 22.05 srun does not take this one over from sbatch.
-    srun = [f"--cpus-per-task={asked.cpus_per_task}"] if asked.cpus_per_task else []
+    for_srun = [f"--cpus-per-task={asked.cpus_per_task}"] if asked.cpus_per_task else []
     command = [sys.executable, "-m", "lit_modules.cli"]
     if asked.container:
         gpus = ["--nv"] if asked.gpus_per_node else []
@@ -150,8 +150,7 @@ def job_script(asked: argparse.Namespace, name: str, tasks: int, folder: Path) -
         "log": "job-%a.log" if asked.array else "job.log",
         "options": "\n".join(lines),
         "task": '"/$SLURM_ARRAY_TASK_ID"' if asked.array else "",
-        "srun": " ".join(srun),
-        "command": shlex.join(command),
+        "command": shlex.join(for_srun + command),
         "config": shlex.quote(str(folder / "submitted.yaml")),
         "overrides": '--seed_everything "$SLURM_ARRAY_TASK_ID"' if asked.array else "",
     }

@@ -24,7 +24,7 @@ rm -f "$run/requeue"
 
 # The first time `auto` begins the run, later it goes on with the newest whole checkpoint in its folder.
 # One task that fails ends all of them; the others would wait for it. The tasks' logs are in logs/.
-srun --kill-on-bad-exit=1 --open-mode=append --output="$run/logs/task-%t.log" @srun \
+srun --kill-on-bad-exit=1 --open-mode=append --output="$run/logs/task-%t.log" \
     @command fit --config @config --run_dir "$run" --ckpt_path auto @overrides
 code=$?
 

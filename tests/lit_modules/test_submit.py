@@ -40,7 +40,7 @@ def test_a_dry_run_prints_a_script_and_writes_nothing(capsys, tmp_path, monkeypa
     assert asked | {"signal=USR1@120", "requeue", "open-mode=append", "cpus-per-task=6"} <= set(options)
     assert not any("array" in option for option in options)
     assert "--kill-on-bad-exit=1" in text
-    assert "--cpus-per-task=6 \\\n" in text
+    assert 'task-%t.log" \\\n    --cpus-per-task=6 ' in text
     assert "fit --config 'some run/submitted.yaml' --run_dir \"$run\" --ckpt_path auto\n" in text
     assert set(re.findall(r"@\w+", text)) == {"@120"}  # every placeholder is filled in
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
