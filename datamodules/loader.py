@@ -1,5 +1,6 @@
 """What text and images share: an endless shuffled stream for training, every sample once for evaluation. B batch."""
 
+import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -109,8 +110,15 @@ def loading(num_workers: int) -> dict[str, Any]:
         "batch_size": None,
         "num_workers": num_workers,
         "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": _leave_signals_to_the_trainer,
         "generator": torch.Generator(),  # DataLoader seeds its workers: not out of the global generator
     }
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A job's scheduler sends these to all of its processes; the trainer still needs batches until its step is done."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def rank_of(data: LightningDataModule) -> tuple[int, int]:

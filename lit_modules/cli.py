@@ -5,10 +5,11 @@ Nothing heavy is imported at the top, so that `tokenformer --help` answers at on
 
 import os
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 
 # Commands that are no experiments, and their modules.
-COMMANDS = {name: f"lit_modules.{name}" for name in ("evaluate", "export", "generate", "grow", "plot")}
+COMMANDS = {name: f"lit_modules.{name}" for name in ("evaluate", "export", "generate", "grow", "plot", "submit")}
 COMMANDS["import"] = "lit_modules.import_released"
 
 HELP = """usage: tokenformer COMMAND --config FILE [--KEY VALUE ...]
@@ -36,6 +37,8 @@ commands:
                                       tokenformer evaluate CKPT --tasks hellaswag,piqa
   generate   let a language model go on with a text
                                       tokenformer generate CKPT --prompt TEXT
+  submit     train as a Slurm job, which goes on by itself when it is preempted or its time is up
+                                      tokenformer submit --config FILE --nodes 2 --gpus-per-node 8 --time 24:00:00
   plot       loss over steps, tokens, FLOPs and time, of one or several runs
                                       tokenformer plot RUN...
 
@@ -80,9 +83,12 @@ def main(args: list[str] | None = None) -> None:
     if given[0] in COMMANDS:
         import_module(COMMANDS[given[0]]).main(given[1:])
         return
-    from lit_modules.experiment import run
+    from lit_modules.preemption import listening
 
-    run(args)
+    with listening() if given[0] == "fit" else nullcontext():
+        from lit_modules.experiment import run
+
+        run(args)
 
 
 if __name__ == "__main__":

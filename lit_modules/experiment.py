@@ -30,6 +30,7 @@ from lit_modules.callbacks import (
     EvaluationRow,
     ImagePredictions,
     Pictures,
+    Preemption,
     Progress,
     Summary,
     Throughput,
@@ -41,6 +42,7 @@ from lit_modules.loggers import ResumableCSVLogger
 from lit_modules.module import TokenFormerModule
 from lit_modules.plan import num_devices, plan
 from lit_modules.saved import read_head
+from lit_modules.slurm import check_tasks, environment, launch_name
 from lit_modules.vision import VisionModule
 from tokenformer import LMConfig
 
@@ -54,6 +56,7 @@ QUIET = (
     ".*dirpath has changed.*",  # validate and predict have run folders of their own
     ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.15
     ".*It is recommended to use `self.log.*sync_dist.*",  # the sums that it logs are over all devices already
+    ".*The `srun` command is available.*",  # outside of a job; in one, lit_modules/slurm.py has looked
     ".*`IterableDataset` has `__len__` defined.*",  # ours takes the workers into account
 )
 
@@ -167,6 +170,8 @@ class ExperimentCLI(LightningCLI):
             config.devices = num_devices(config.trainer.devices, config.trainer.num_nodes)
         if self.config.subcommand in ("prepare", "plan"):
             return
+        per_node = config.trainer.devices
+        check_tasks(None if str(per_node) in ("auto", "-1") else num_devices(per_node, 1), config.trainer.num_nodes)
         self._own_run_dir = config.run_dir is not None
         if RUN_DIR not in os.environ:
             run_dir, checkpoint = _settle(self.config.subcommand, config)
@@ -199,7 +204,7 @@ class ExperimentCLI(LightningCLI):
             given = [TensorBoardLogger(run_dir, name="", version="")] if default else _as_list(config.logger)
             # First in the list, so that the config goes into the run's folder; `plot` and LossCurve read it.
             kwargs["logger"] = [ResumableCSVLogger(run_dir), *given]
-        kwargs["plugins"] = [*_as_list(config.plugins), AtomicCheckpointIO()]
+        kwargs["plugins"] = [*_as_list(config.plugins), AtomicCheckpointIO(), *environment()]
         always = [Throughput(), Summary(run_dir)]
         if isinstance(self.model, VisionModule):
             folder = Path(run_dir) if self._own_run_dir else Path(run_dir).parent  # which other runs have too
@@ -209,7 +214,8 @@ class ExperimentCLI(LightningCLI):
         if config.enable_progress_bar is not False:
             always.append(Progress())
         kwargs["enable_model_summary"] = bool(config.enable_model_summary)  # Summary says it in a line
-        config.callbacks = [*_as_list(config.callbacks), *always]
+        # Preemption comes first: a run that stops before a step does not grow in it.
+        config.callbacks = [Preemption(run_dir, os.environ[CKPT_PATH]), *_as_list(config.callbacks), *always]
         for key in ("checkpoint", "best"):
             callback = self._get(self.config_init, key)
             callback.dirpath = callback.dirpath or os.path.join(run_dir, "checkpoints")
@@ -224,6 +230,15 @@ def _settle(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint that it starts from."""
     experiment = Path(config.trainer.default_root_dir or "runs") / config.name
     given = Path(config.run_dir) if config.run_dir else None
+    if config.ckpt_path == "auto" and subcommand == "fit":
+        if given is None and launch_name() is None:
+            raise ValueError("ckpt_path=auto goes on with the run in a folder, or begins it there: give --run_dir")
+        folder = given or _new_run_dir(experiment, subcommand)
+        there = list(folder.glob("checkpoints/*.ckpt"))
+        checkpoint = newest_whole(there)
+        if there and checkpoint is None:
+            raise ValueError(f"ckpt_path=auto: all checkpoints in {folder} are damaged: delete them to begin anew")
+        return folder, checkpoint
     checkpoint = Path(config.ckpt_path) if config.ckpt_path else None
     if config.ckpt_path == "last":
         checkpoint = newest_whole(
@@ -236,16 +251,13 @@ def _settle(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
             read_head(checkpoint)
         except ValueError as error:
             raise ValueError(f"ckpt_path={error}; `last` takes the newest whole one of {experiment}") from None
-    if given:
-        resumes = subcommand == "fit" and checkpoint is not None and given.resolve() in checkpoint.resolve().parents
-        if (given / "config.yaml").exists() and not resumes:
-            raise ValueError(
-                f"run_dir={given} holds a run already: go on with it by --ckpt_path last, or choose another"
-            )
-        return given, checkpoint
-    if checkpoint and config.ckpt_path == "last" and subcommand == "fit":
+    if checkpoint and config.ckpt_path == "last" and subcommand == "fit" and not given:
         return checkpoint.parent.parent, checkpoint  # goes on where the run is
-    return _new_run_dir(experiment, subcommand), checkpoint
+    folder = given or _new_run_dir(experiment, subcommand)
+    resumes = subcommand == "fit" and checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
+    if (folder / "config.yaml").exists() and not resumes:
+        raise ValueError(f"run_dir={folder} holds a run already: go on with it by --ckpt_path last, or choose another")
+    return folder, checkpoint
 
 
 def _config_name(args: list[str]) -> str:
@@ -257,10 +269,15 @@ def _config_name(args: list[str]) -> str:
 def _new_run_dir(experiment: Path, subcommand: str) -> Path:
     """A folder that no other run has, even if it starts in the same second."""
     suffix = "" if subcommand == "fit" else f"-{subcommand}"
-    return experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}{suffix}"
+    return experiment / f"{launch_name() or new_name()}{suffix}"
 
 
-def run(args: list[str] | None) -> None:
+def new_name() -> str:
+    """Date, time and something random."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def run(args: list[str] | None, cli: type[ExperimentCLI] = ExperimentCLI) -> ExperimentCLI:
     """Parse, build and run a command; `args` default to the process's."""
     for pattern in QUIET:
         warnings.filterwarnings("ignore", pattern)
@@ -270,7 +287,7 @@ def run(args: list[str] | None) -> None:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${data.init_args.seq_len} works in a config
     first_process = RUN_DIR not in os.environ
     try:
-        ExperimentCLI(
+        return cli(
             LightningModule,
             LightningDataModule,
             trainer_class=Trainer,

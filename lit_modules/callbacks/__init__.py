@@ -8,6 +8,7 @@ from lit_modules.callbacks.grow import GrowParameterTokens
 from lit_modules.callbacks.loss_curve import LossCurve
 from lit_modules.callbacks.pictures import Pictures
 from lit_modules.callbacks.predictions import ImagePredictions, TokenPredictions
+from lit_modules.callbacks.preemption import Preemption
 from lit_modules.callbacks.progress import Progress
 from lit_modules.callbacks.sample import SampleText
 from lit_modules.callbacks.summary import Summary
@@ -22,6 +23,7 @@ __all__ = [
     "ImagePredictions",
     "LossCurve",
     "Pictures",
+    "Preemption",
     "Progress",
     "SampleText",
     "Summary",

@@ -20,8 +20,12 @@ class Checkpoint(ModelCheckpoint):
     """ModelCheckpoint that also saves at the last step, and after the validation of a step instead of before it.
 
     So a run that is killed while it validates makes that validation again, and its log has it.
+
+    Attributes:
+        asked: save this step too; set by :class:`Preemption`.
     """
 
+    asked = False
     _deferred = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -43,7 +47,7 @@ class Checkpoint(ModelCheckpoint):
         Not by ModelCheckpoint, which at the end of an epoch waits for a validation whether one comes or not (2.6).
         """
         every, step = self._every_n_train_steps, trainer.global_step
-        due = (every > 0 and step % every == 0) or step == trainer.max_steps or self._time_is_up(trainer)
+        due = self.asked or (every > 0 and step % every == 0) or step == trainer.max_steps or self._time_is_up(trainer)
         between = trainer.fit_loop.epoch_loop._should_accumulate()
         if due and not between and not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
