@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lit_modules.checkpoint_files import checksums, discard, disk_error, partial_of, publish, write_manifest
 from tokenformer.growth import pattention_layers
 
 CURRENT = "current_model_state."  # begins the names of the weights in a sharded checkpoint that has their average
@@ -77,11 +78,33 @@ class FSDP2(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint; of a sharded one also the weights beside an average (EMA) are sharded."""
-        if self._save_distributed_checkpoint:
-            current = checkpoint.pop("current_model_state", {})
-            checkpoint["state_dict"] |= {f"{CURRENT}{name}": tensor for name, tensor in current.items()}
-            checkpoint["param_groups"] = [state.pop("param_groups") for state in checkpoint.get("optimizer_states", [])]
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        current = checkpoint.pop("current_model_state", {})
+        checkpoint["state_dict"] |= {f"{CURRENT}{name}": tensor for name, tensor in current.items()}
+        checkpoint["param_groups"] = [state.pop("param_groups") for state in checkpoint.get("optimizer_states", [])]
+        path = Path(self.broadcast(filepath))
+        files: dict[str, Any] = {}
+        problem: Exception | None = None
+        try:
+            super().save_checkpoint(checkpoint, partial_of(path), storage_options)
+            files = checksums(partial_of(path), self.global_rank)
+        except Exception as error:  # the others have to hear of it, or they would wait
+            problem = disk_error(error) or RuntimeError(f"process {self.global_rank}: {error}")
+        everywhere: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(everywhere, (problem, files))
+        problem = next((problem for problem, _ in everywhere if problem is not None), None)
+        if self.global_rank == 0 and problem is None:
+            try:
+                write_manifest(partial_of(path), [files for _, files in everywhere])
+                publish(path)
+            except OSError as error:
+                problem = error
+        problem = self.broadcast(problem)
+        if problem is not None:
+            discard(partial_of(path))
+        self.checkpoint_io.settle(path, problem)  # type: ignore[attr-defined]
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state to be saved: by names; of a full checkpoint by numbers, as a single process has it."""
@@ -153,6 +176,7 @@ class FSDP2(ModelParallelStrategy):
 
     def _take_size(self, saved: dict[str, Any], checkpoint: dict[str, Any]) -> None:
         module: Any = self.lightning_module
+        module.refuse_other_config(checkpoint)
         self.reshard()
         module.restore_growth(saved, checkpoint.get("growths", []))
         self.shard_new_segments()

@@ -4,6 +4,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,9 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_modules.loggers import is_log_step
+from lit_modules.nonfinite import guard, spoil
 from lit_modules.optim import OptimConfig, adamw, check_schedule, lr_factor, param_groups, regroup
 from tokenformer.config import BackboneConfig
 from tokenformer.growth import anneal_taus, pattention_layers
@@ -35,6 +38,7 @@ class TokenFormerModule(LightningModule, ABC):
         growths: one record of each growth so far, oldest first; goes into the checkpoint.
         lr_span: first step of the present schedule and the step after its last; None for the whole training.
         old_lr_scale: rate of the parameters from before the last growth, over that of the new ones.
+        skipped: float32 (), 1 if the last optimizer step was left out since it was not finite, else 0.
     """
 
     config: BackboneConfig
@@ -52,6 +56,7 @@ class TokenFormerModule(LightningModule, ABC):
         self._losses: list[Tensor] = []  # of the batches of this optimizer step
         self._scheduler: LambdaLR | None = None
         self._grad_norm: Tensor | None = None
+        self.skipped: Tensor | None = None
         self._lr = 0.0  # of this optimizer step; its scheduler moves on before the log is written
 
     @abstractmethod
@@ -133,6 +138,7 @@ class TokenFormerModule(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the size of the saved model, before its weights are loaded and anything is wrapped around it."""
         self._refuse_average_without_ema(checkpoint)
+        self.refuse_other_config(checkpoint)
         if "state_dict" in checkpoint:  # else the strategy, which has loaded the weights already, has done it
             self.restore_growth(checkpoint["state_dict"], checkpoint.get("growths", []))
 
@@ -170,6 +176,24 @@ class TokenFormerModule(LightningModule, ABC):
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, WeightAveraging) for callback in callbacks):
             raise ValueError("the checkpoint was trained with EMA, this run is not: add --trainer.callbacks+=EMA")
+
+    def refuse_other_config(self, checkpoint: dict[str, Any]) -> None:
+        """A training goes on with the model that it had. Rates, schedules and batches may change.
+
+        Raises:
+            ValueError: when `model.config` is another one.
+        """
+        if self._trainer is None or not self.trainer.training:
+            return
+        saved = checkpoint.get("hyper_parameters", {}).get("config", {})
+        now = asdict(self.config)
+        changed = [name for name in now if saved.get(name, now[name]) != now[name]]
+        if changed:
+            shown = "; ".join(f"{name}: {saved[name]} then, {now[name]} now" for name in changed)
+            raise ValueError(
+                f"the checkpoint was trained with another model.config ({shown}): a resumed run has the same. To "
+                "change it start a new run from the weights: `tokenformer export`, then model.init_from"
+            )
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups for the model as it is now; as many before growth as after it."""
@@ -267,7 +291,7 @@ class TokenFormerModule(LightningModule, ABC):
         """The mean loss of the batch."""
         loss = self.batch_loss(batch)
         self._losses.append(loss.detach())
-        return loss
+        return spoil(loss)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log, when an optimizer step is done and it is time; other steps read nothing from the device."""
@@ -312,9 +336,18 @@ class TokenFormerModule(LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the total norm, and keep it for the log: measuring it again would be another pass."""
+        """Clip by the total norm, and keep it for the log: measuring it again would be another pass.
+
+        A step that is not finite is left out. In 16-mixed that is the GradScaler's doing, and gradients may overflow
+        while it looks for its scale: there only losses tell that something is wrong.
+        """
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
         self._lr = optimizer.param_groups[0]["lr"]  # with layer_decay: that of the last layers
         limit = gradient_clip_val or math.inf
         self._grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        finite = (self._grad_norm.full_tensor() if isinstance(self._grad_norm, DTensor) else self._grad_norm).isfinite()
+        if self.trainer.precision == "16-mixed":
+            finite = torch.stack(self._losses).isfinite().all().float()
+            finite = self.trainer.strategy.reduce(finite, reduce_op="min").bool()
+        self.skipped = guard(optimizer, self.parameters(), finite)

@@ -10,7 +10,7 @@ from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lit_modules.callbacks import EMA, GrowParameterTokens, Throughput
-from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole
+from lit_modules.checkpoint_files import AtomicCheckpointIO, damage, newest_whole
 from lit_modules.hardware import peak_flops
 from lit_modules.loggers import ResumableCSVLogger
 from lit_modules.optim import OptimConfig
