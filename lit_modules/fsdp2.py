@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lit_modules.checkpoint_files import checksums, discard, disk_error, partial_of, publish, write_manifest
+from lit_modules.resume import check_resumed
 from tokenformer.growth import pattention_layers
 
 CURRENT = "current_model_state."  # begins the names of the weights in a sharded checkpoint that has their average
@@ -176,7 +177,7 @@ class FSDP2(ModelParallelStrategy):
 
     def _take_size(self, saved: dict[str, Any], checkpoint: dict[str, Any]) -> None:
         module: Any = self.lightning_module
-        module.refuse_other_config(checkpoint)
+        check_resumed(checkpoint, module)
         self.reshard()
         module.restore_growth(saved, checkpoint.get("growths", []))
         self.shard_new_segments()

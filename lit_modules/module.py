@@ -4,13 +4,11 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from lightning import LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.models import group_parameters
@@ -21,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_modules.loggers import is_log_step
 from lit_modules.nonfinite import guard, spoil
 from lit_modules.optim import OptimConfig, adamw, check_schedule, lr_factor, param_groups, regroup
+from lit_modules.resume import check_resumed
 from tokenformer.config import BackboneConfig
 from tokenformer.growth import anneal_taus, pattention_layers
 from tokenformer.interop import start_from
@@ -137,8 +136,7 @@ class TokenFormerModule(LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the size of the saved model, before its weights are loaded and anything is wrapped around it."""
-        self._refuse_average_without_ema(checkpoint)
-        self.refuse_other_config(checkpoint)
+        check_resumed(checkpoint, self)
         if "state_dict" in checkpoint:  # else the strategy, which has loaded the weights already, has done it
             self.restore_growth(checkpoint["state_dict"], checkpoint.get("growths", []))
 
@@ -168,32 +166,6 @@ class TokenFormerModule(LightningModule, ABC):
         new = set(self.growths[-1]["new"]) if only_new else None
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(new is None or name in new)
-
-    def _refuse_average_without_ema(self, checkpoint: dict[str, Any]) -> None:
-        """The optimizer state of the weights is of no use to their average."""
-        if "current_model_state" not in checkpoint or self._trainer is None or not self.trainer.training:
-            return
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, WeightAveraging) for callback in callbacks):
-            raise ValueError("the checkpoint was trained with EMA, this run is not: add --trainer.callbacks+=EMA")
-
-    def refuse_other_config(self, checkpoint: dict[str, Any]) -> None:
-        """A training goes on with the model that it had. Rates, schedules and batches may change.
-
-        Raises:
-            ValueError: when `model.config` is another one.
-        """
-        if self._trainer is None or not self.trainer.training:
-            return
-        saved = checkpoint.get("hyper_parameters", {}).get("config", {})
-        now = asdict(self.config)
-        changed = [name for name in now if saved.get(name, now[name]) != now[name]]
-        if changed:
-            shown = "; ".join(f"{name}: {saved[name]} then, {now[name]} now" for name in changed)
-            raise ValueError(
-                f"the checkpoint was trained with another model.config ({shown}): a resumed run has the same. To "
-                "change it start a new run from the weights: `tokenformer export`, then model.init_from"
-            )
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups for the model as it is now; as many before growth as after it."""
