@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 import datamodules.images
 import datamodules.text  # noqa: F401  (makes their classes known by short names)
 import lit_modules.fsdp2  # noqa: F401
+from datamodules.loader import StreamDataModule
 from lit_modules import callbacks
 from lit_modules.callbacks import (
     Checkpoint,
@@ -115,7 +116,7 @@ class ArgumentParser(LightningArgumentParser):
     def _known_names(self) -> list[str]:
         names = {action.dest for action in self._actions}
         ours = (getattr(callbacks, name) for name in callbacks.__all__)
-        for known in (*TokenFormerModule.__subclasses__(), *LightningDataModule.__subclasses__(), *ours):
+        for known in (*TokenFormerModule.__subclasses__(), *StreamDataModule.__subclasses__(), *ours):
             for parameter in inspect.signature(known).parameters.values():
                 names.add(parameter.name)
                 if dataclasses.is_dataclass(parameter.annotation):

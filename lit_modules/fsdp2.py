@@ -16,7 +16,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lit_modules.checkpoint_files import checksums, discard, disk_error, partial_of, publish, write_manifest
+from lit_modules.checkpoint_files import (
+    AtomicCheckpointIO,
+    checksums,
+    discard,
+    disk_error,
+    partial_of,
+    publish,
+    write_manifest,
+)
 from lit_modules.resume import check_resumed
 from tokenformer.growth import pattention_layers
 
@@ -105,7 +113,8 @@ class FSDP2(ModelParallelStrategy):
         problem = self.broadcast(problem)
         if problem is not None:
             discard(partial_of(path))
-        self.checkpoint_io.settle(path, problem)  # type: ignore[attr-defined]
+        assert isinstance(self.checkpoint_io, AtomicCheckpointIO)  # the command line's
+        self.checkpoint_io.settle(path, problem)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state to be saved: by names; of a full checkpoint by numbers, as a single process has it."""
