@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.strategies.model_parallel import _is_sharded_checkpoint  # type: ignore[attr-defined]
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -99,7 +100,7 @@ class FSDP2(ModelParallelStrategy):
         try:
             super().save_checkpoint(checkpoint, partial_of(path), storage_options)
             files = checksums(partial_of(path), self.global_rank)
-        except Exception as error:  # the others have to hear of it, or they would wait
+        except (Exception, CheckpointException) as error:  # the others have to hear of it, or they would wait
             problem = disk_error(error) or RuntimeError(f"process {self.global_rank}: {error}")
         everywhere: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(everywhere, (problem, files))

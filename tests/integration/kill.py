@@ -79,6 +79,8 @@ class FillDisk(Callback):
 
     def on_train_batch_start(self, trainer, *_) -> None:
         filler = Path(trainer.default_root_dir) / "filler"
+        if trainer.global_rank:
+            return
         if trainer.global_step == self.step:
             filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - 2**17))
         elif trainer.global_step == self.until:

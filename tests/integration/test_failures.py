@@ -70,28 +70,6 @@ def test_leftovers_of_a_killed_save_are_removed_at_the_next_start(copied):
     assert [step for step, _ in rows(run, "train/loss")] == list(range(6))
 
 
-def test_a_damaged_part_of_a_sharded_checkpoint_is_seen(finished, tmp_path):
-    """Saved and resumed in two processes; one part has a flipped byte."""
-    config, _ = finished
-    both = ["fit", "--config", config, "--run_dir", tmp_path / "run", "--trainer.strategy=fsdp2", "--trainer.devices=2"]
-    steps = "--trainer.max_steps={}".format
-    run_in_processes([[*both, steps(2)], [*both, steps(3), "--ckpt_path", "last"]])
-    saved = tmp_path / "run/checkpoints/step-00000003.ckpt"
-    assert set(json.loads((saved / "manifest.json").read_text())) == {
-        path.name for path in saved.iterdir() if path.name != "manifest.json"
-    }
-    (part, *_) = saved.glob("__1_*")
-    content = bytearray(part.read_bytes())
-    content[len(content) // 2] ^= 1
-    part.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"step-00000003.ckpt is passed over: its part __1_0.distcp is damaged"):
-        assert newest_whole(saved.parent.glob("*.ckpt")).name == "step-00000002.ckpt"
-    part.write_bytes(content[:-1])
-    assert "truncated" in damage(saved)
-    (saved / "manifest.json").unlink()
-    assert "half-written" in damage(saved)
-
-
 # The disk is full.
 
 
@@ -136,6 +114,33 @@ def test_a_full_disk_costs_saves_but_no_checkpoint(finished, small_disk, until):
     assert [path.name for path in (run / "checkpoints").iterdir()] == [left]
     assert damage(run / "checkpoints" / left) is None
     assert len(rows(run, "train/loss")) == 6
+
+
+def test_a_damaged_part_of_a_sharded_checkpoint_is_seen(finished, small_disk, tmp_path):
+    """Saved and resumed in two processes, and on a disk that is full at a save; then one part gets a flipped byte."""
+    config, _ = finished
+    both = ["fit", "--config", config, "--trainer.strategy=fsdp2", "--trainer.devices=2"]
+    run, steps = ["--run_dir", tmp_path / "run"], "--trainer.max_steps={}".format
+    harm = [f"{HARM}.FillDisk", "--trainer.callbacks.step=1", "--trainer.callbacks.until=2"]
+    full = [*both, *harm, steps(3), "--run_dir", small_disk / "run"]
+    run_in_processes([[*both, *run, steps(2)], [*both, *run, steps(3), "--ckpt_path", "last"], full])
+    if small_disk.is_mount():
+        left = {path.name for path in (small_disk / "run/checkpoints").iterdir()}
+        assert left == {"step-00000001.ckpt", "step-00000003.ckpt"}
+    saved = tmp_path / "run/checkpoints/step-00000003.ckpt"
+    assert set(json.loads((saved / "manifest.json").read_text())) == {
+        path.name for path in saved.iterdir() if path.name != "manifest.json"
+    }
+    (part, *_) = saved.glob("__1_*")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"step-00000003.ckpt is passed over: its part __1_0.distcp is damaged"):
+        assert newest_whole(saved.parent.glob("*.ckpt")).name == "step-00000002.ckpt"
+    part.write_bytes(content[:-1])
+    assert "truncated" in damage(saved)
+    (saved / "manifest.json").unlink()
+    assert "half-written" in damage(saved)
 
 
 def test_a_run_whose_checkpoints_will_not_fit_does_not_start(finished, tmp_path, monkeypatch):
