@@ -13,7 +13,7 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+
+from lit_modules.errors import chain
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
@@ -197,16 +199,9 @@ def _crc(file: Path) -> int:
 
 def disk_error(error: BaseException) -> OSError | None:
     """The error of the file system behind another one, if it is one."""
-    return next((e for e in _chain(error) if isinstance(e, OSError) and e.errno is not None), None)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    if error is not None:
-        yield error
-        if isinstance(error, CheckpointException):
-            for failure, _ in error.failures.values():
-                yield from _chain(failure)
-        yield from _chain(error.__cause__ or error.__context__)
+    failures = error.failures.values() if isinstance(error, CheckpointException) else []
+    causes = [cause for start in (error, *(failure for failure, _ in failures)) for cause in chain(start)]
+    return next((cause for cause in causes if isinstance(cause, OSError) and cause.errno is not None), None)
 
 
 def newest_whole(paths: Iterable[Path]) -> Path | None:

@@ -2,6 +2,7 @@
 
 import errno
 import re
+from collections.abc import Iterator
 
 
 class RunError(RuntimeError):
@@ -9,7 +10,21 @@ class RunError(RuntimeError):
 
 
 def explain(error: BaseException) -> str | None:
-    """What an error of torch or of the system means for a run; None for any other."""
+    """What an error of torch or of the system means for a run; None for any other.
+
+    It may have come in the middle of anything, whose own error it then caused.
+    """
+    return next((known for cause in chain(error) if (known := _explain(cause))), None)
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _explain(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({text}): make room, and go on with --ckpt_path last"

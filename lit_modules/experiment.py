@@ -299,8 +299,8 @@ def run(args: list[str] | None) -> None:
         )
     except OmegaConfBaseException as error:
         raise ValueError(f"the config holds a ${{...}} that can't be resolved: {error}") from error
-    except (RuntimeError, OSError) as error:
-        if known := explain(error):
+    except Exception as error:
+        if not isinstance(error, RunError) and (known := explain(error)):
             raise RunError(known) from error
         raise
     finally:  # a second run in this process gets a folder of its own

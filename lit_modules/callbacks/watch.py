@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
 from lit_modules.errors import RunError
 
@@ -34,21 +36,21 @@ def follow(parent: int) -> None:
 
 
 class Watch(Callback):
-    """Says which process of a job was killed. Lightning's launcher then ends the others, within 5 seconds."""
+    """Says which process of a job was killed, before Lightning's launcher ends the others, within 5 seconds."""
 
     _children: Sequence[subprocess.Popen[bytes]] = ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._children = getattr(trainer.strategy.launcher, "procs", ())
-        if self._children:
-            threading.Thread(target=self._watch, daemon=True, name="watch-children").start()
+        for thread in threading.enumerate():
+            if self._children and isinstance(thread, _ChildProcessObserver):
+                thread._terminate_all = partial(self._terminate_all, thread._terminate_all)  # type: ignore[method-assign]
 
-    def _watch(self) -> None:
-        while any(child.poll() is None for child in self._children) and not self._killed():
-            time.sleep(INTERVAL)
+    def _terminate_all(self, terminate_all: Callable[[], None]) -> None:
         if killed := self._killed():
             sys.stderr.write(f"error: {killed}\n")
             sys.stderr.flush()
+        terminate_all()
 
     def _killed(self) -> str | None:
         for rank, child in enumerate(self._children, 1):
