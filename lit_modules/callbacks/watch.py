@@ -18,7 +18,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from lit_modules.errors import RunError
 
 INTERVAL = 1.0  # seconds
-GRACE = 5.0  # for an error that tells more
+GRACE = 10.0  # for an error that tells more
 
 
 def follow(parent: int) -> None:
