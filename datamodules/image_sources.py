@@ -3,13 +3,14 @@
 A source knows its classes before any image is read, and opens each split as `Images`.
 """
 
+import hashlib
 import io
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,11 @@ class Images(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what is in the split, in its order; not of pixels, which would take an epoch."""
+        return hashlib.blake2b(self.labels.tobytes(), digest_size=8).hexdigest()
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -201,6 +207,11 @@ class FileImages(Images):
         counts = [names.count(0) for names, _ in found]
         self.labels = np.repeat(np.arange(len(counts)) if classes else IGNORE, counts)
         self.empty = [str(self.root / name) for _, empty in found for name in empty]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the names below the folder, which may move."""
+        return hashlib.blake2b(self.names + self.labels.tobytes(), digest_size=8).hexdigest()
 
     def name(self, index: int) -> str:
         """The file's path."""

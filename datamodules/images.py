@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from torchvision import transforms
 
 from datamodules.image_sources import FileImages, Images, UnreadableImage, open_source
-from datamodules.loader import IGNORE, Ordered, Stream, StreamLoader, loading, rank_of
+from datamodules.loader import IGNORE, Ordered, Stream, StreamDataModule, StreamLoader, loading, rank_of
 from datamodules.sampler import sample_at
 
 MAX_UNREADABLE = 100  # in a row: more than that is a disk that is gone
@@ -31,7 +30,7 @@ TrainBatch = tuple[Tensor, Tensor]  # images (B, 3, S, S), targets (B) or (B, C)
 EvalBatch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, S, S), labels (B), indices (B)
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(StreamDataModule):
     """Images for classification. The augmentation is timm's; what each training batch holds depends on nothing but
     `seed` and its position in the stream.
 
@@ -186,6 +185,12 @@ class ImageDataModule(LightningDataModule):
                 f"{where}: {len(images.empty)} of its files are empty, the first {images.empty[0]}; copy them anew"
             )
         return images
+
+    def order(self) -> dict[str, int | str]:
+        """The training images, and how they are shuffled and repeated."""
+        images = self.images("train")
+        training = f"{len(images):,} with fingerprint {images.fingerprint}"
+        return {"training images": training, "data.repeats": self.repeats, "data.seed": self.seed}
 
     def num_images(self, split: str) -> int:
         """How many images train, val, test or predict has."""

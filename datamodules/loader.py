@@ -104,6 +104,34 @@ class StreamLoader(DataLoader[Any]):
         self._iterator = None
 
 
+class StreamDataModule(LightningDataModule, ABC):
+    """Data whose training stream a resumed run goes on with: the same samples in the same order."""
+
+    @abstractmethod
+    def order(self) -> dict[str, int | str]:
+        """What decides which sample comes where in the stream, by the names that a user knows."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return self.order()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare with the checkpoint's, in training.
+
+        Raises:
+            ValueError: when the stream is another one: samples would be lost and repeated.
+        """
+        if self.trainer is None or not self.trainer.training:
+            return
+        now = self.order()
+        if changed := [f"{name}: {state[name]} then, {now[name]} now" for name in now if state.get(name) != now[name]]:
+            raise ValueError(
+                f"the checkpoint was trained on other data ({'; '.join(changed)}): a resumed run goes on with the same "
+                "samples in the same order. For other data start a new run from the weights: `tokenformer export`, "
+                "then model.init_from"
+            )
+
+
 def loading(num_workers: int) -> dict[str, Any]:
     """DataLoader's settings for a dataset that makes whole batches."""
     return {

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.loader import IGNORE, Ordered, Stream, StreamLoader, loading, rank_of
+from datamodules.loader import IGNORE, Ordered, Stream, StreamDataModule, StreamLoader, loading, rank_of
 from datamodules.sampler import sample_at
 from datamodules.sources import HuggingFace, Source, TextFormat, open_source
 from datamodules.tokenizer import Tokenizer, load_tokenizer
@@ -26,7 +25,7 @@ VAL_SPLITS = ("validation", "val", "valid", "dev")
 Batch = tuple[Tensor, Tensor]  # input_ids (B, T), targets (B, T): the ids one place further on
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(StreamDataModule):
     """Text for causal language models: tokenizes once, then serves sequences from a memory-mapped file.
 
     Args:
@@ -156,6 +155,11 @@ class TextDataModule(LightningDataModule):
                 f"the training text has {len(self.train.ids)} tokens, data.seq_len={self.seq_len} needs at least "
                 f"{self.seq_len + 1}: give more text or a smaller seq_len"
             )
+
+    def order(self) -> dict[str, int | str]:
+        """The token file, and how it is cut and shuffled."""
+        tokens = f"{len(self.train.ids):,} with fingerprint {self.train.fingerprint()}"
+        return {"training tokens": tokens, "data.seq_len": self.seq_len, "data.seed": self.seed}
 
     def _encode_predict_file(self) -> NDArray[np.int64]:
         if self.predict_file is None:

@@ -29,6 +29,7 @@ from datamodules.tokenizer import JSONTokenizer, Tokenizer, load_tokenizer, trai
 
 FORMAT = 1
 BATCH_CHARACTERS = 2**20  # text that one process encodes at a time
+SAMPLED_BLOCKS, SAMPLED_BLOCK = 64, 2**12  # of a fingerprint; tokens
 
 
 @dataclass
@@ -72,6 +73,13 @@ class TokenFile:
                 f"delete {folder} and run `tokenformer prepare` again"
             )
         self.ids: NDArray[Any] = np.memmap(path, dtype=dtype, mode="r")
+
+    def fingerprint(self) -> str:
+        """A hash of the length and of blocks from all over the file, in time that does not depend on its size."""
+        digest = hashlib.blake2b(str(len(self.ids)).encode(), digest_size=8)
+        for start in np.linspace(0, max(0, len(self.ids) - SAMPLED_BLOCK), SAMPLED_BLOCKS, dtype=np.int64):
+            digest.update(self.ids[start : start + SAMPLED_BLOCK].tobytes())
+        return digest.hexdigest()
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

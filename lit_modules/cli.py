@@ -55,9 +55,11 @@ Go on with the newest whole checkpoint of an experiment:
 
 def console() -> None:
     """The console script: `main`, with a user's mistake as one line instead of a traceback."""
+    from lit_modules.errors import RunError
+
     try:
         main()
-    except ValueError as error:
+    except (ValueError, RunError) as error:
         if os.environ.get("TOKENFORMER_DEBUG"):
             raise
         while isinstance(error.__cause__, ValueError):  # the config parser wraps what a class says of its arguments

@@ -11,7 +11,7 @@ import time
 import warnings
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import lightning
 from jsonargparse import Namespace, set_parsing_settings
@@ -20,27 +20,35 @@ from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf.errors import OmegaConfBaseException
 
 import datamodules.images
 import datamodules.text  # noqa: F401  (makes their classes known by short names)
 import lit_modules.fsdp2  # noqa: F401
+from datamodules.loader import StreamDataModule
 from lit_modules import callbacks
 from lit_modules.callbacks import (
     Checkpoint,
     EvaluationRow,
+    FreeSpace,
     ImagePredictions,
+    NonFinite,
     Pictures,
     Preemption,
     Progress,
     Summary,
     Throughput,
     TokenPredictions,
+    Watch,
 )
-from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, newest_whole
+from lit_modules.callbacks.watch import follow
+from lit_modules.checkpoint_files import AtomicCheckpointIO, newest_whole, remove_leftovers
+from lit_modules.errors import RunError, explain
 from lit_modules.language import LanguageModule
 from lit_modules.loggers import ResumableCSVLogger
 from lit_modules.module import TokenFormerModule
 from lit_modules.plan import num_devices, plan
+from lit_modules.run_lock import RunLock
 from lit_modules.saved import read_head
 from lit_modules.slurm import check_tasks, environment, launch_name
 from lit_modules.vision import VisionModule
@@ -48,6 +56,7 @@ from tokenformer import LMConfig
 
 # How the processes that Lightning starts for a run learn what its first process settled.
 RUN_DIR, CKPT_PATH = "TOKENFORMER_RUN_DIR", "TOKENFORMER_CKPT_PATH"
+FIRST_PROCESS = "TOKENFORMER_FIRST_PROCESS"  # its pid
 
 QUIET = (
     ".*does not have many workers.*",  # batches are read from a memory-mapped file
@@ -113,7 +122,7 @@ class ArgumentParser(LightningArgumentParser):
     def _known_names(self) -> list[str]:
         names = {action.dest for action in self._actions}
         ours = (getattr(callbacks, name) for name in callbacks.__all__)
-        for known in (*TokenFormerModule.__subclasses__(), *LightningDataModule.__subclasses__(), *ours):
+        for known in (*TokenFormerModule.__subclasses__(), *StreamDataModule.__subclasses__(), *ours):
             for parameter in inspect.signature(known).parameters.values():
                 names.add(parameter.name)
                 if dataclasses.is_dataclass(parameter.annotation):
@@ -123,6 +132,8 @@ class ArgumentParser(LightningArgumentParser):
 
 class ExperimentCLI(LightningCLI):
     """LightningCLI for this project's modules."""
+
+    held_locks: ClassVar[list[RunLock]] = []  # of the run in this process; it outlives a constructor that raises
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -138,6 +149,7 @@ class ExperimentCLI(LightningCLI):
         parser.add_argument("--run_dir", type=str | None, help="the run's folder (default: runs/NAME/DATE-TIME-RANDOM)")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(ModelCheckpoint, "best")
+        parser.add_lightning_class_args(NonFinite, "nonfinite")
         parser.set_defaults(
             {
                 "checkpoint.filename": "step-{step:08d}",
@@ -177,7 +189,9 @@ class ExperimentCLI(LightningCLI):
             run_dir, checkpoint = _settle(self.config.subcommand, config)
             if _get_rank() in (None, 0):  # the others, where a launcher started them, hear of it from Lightning
                 run_dir.mkdir(parents=True, exist_ok=True)
-            os.environ |= {RUN_DIR: str(run_dir), CKPT_PATH: str(checkpoint or "")}
+                self.held_locks.append(RunLock(run_dir))
+                remove_leftovers(run_dir / "checkpoints")
+            os.environ |= {RUN_DIR: str(run_dir), CKPT_PATH: str(checkpoint or ""), FIRST_PROCESS: str(os.getpid())}
         self._run_dir = os.environ[RUN_DIR]
         config.ckpt_path = os.environ[CKPT_PATH] or None
         given_size = config.model.init_args.get("config", {}).get("vocab_size")
@@ -204,8 +218,12 @@ class ExperimentCLI(LightningCLI):
             given = [TensorBoardLogger(run_dir, name="", version="")] if default else _as_list(config.logger)
             # First in the list, so that the config goes into the run's folder; `plot` and LossCurve read it.
             kwargs["logger"] = [ResumableCSVLogger(run_dir), *given]
-        kwargs["plugins"] = [*_as_list(config.plugins), AtomicCheckpointIO(), *environment()]
-        always = [Throughput(), Summary(run_dir)]
+        kwargs["plugins"] = [
+            *_as_list(config.plugins),
+            AtomicCheckpointIO(self._get(self.config_init, "checkpoint").asynchronous),
+            *environment(),
+        ]
+        always = [Throughput(), Summary(run_dir), FreeSpace(), Watch()]
         if isinstance(self.model, VisionModule):
             folder = Path(run_dir) if self._own_run_dir else Path(run_dir).parent  # which other runs have too
             always += [ImagePredictions(), Pictures(), EvaluationRow(saved.name, folder / "results.csv")]
@@ -286,6 +304,8 @@ def run(args: list[str] | None, cli: type[ExperimentCLI] = ExperimentCLI) -> Exp
     )
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${data.init_args.seq_len} works in a config
     first_process = RUN_DIR not in os.environ
+    if FIRST_PROCESS in os.environ:
+        follow(int(os.environ[FIRST_PROCESS]))
     try:
         return cli(
             LightningModule,
@@ -299,7 +319,15 @@ def run(args: list[str] | None, cli: type[ExperimentCLI] = ExperimentCLI) -> Exp
             parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
             args=args,
         )
+    except OmegaConfBaseException as error:
+        raise ValueError(f"the config holds a ${{...}} that can't be resolved: {error}") from error
+    except Exception as error:
+        if not isinstance(error, RunError) and (known := explain(error)):
+            raise RunError(known) from error
+        raise
     finally:  # a second run in this process gets a folder of its own
         if first_process:
-            os.environ.pop(RUN_DIR, None)
-            os.environ.pop(CKPT_PATH, None)
+            for name in (RUN_DIR, CKPT_PATH, FIRST_PROCESS):
+                os.environ.pop(name, None)
+        while ExperimentCLI.held_locks:
+            ExperimentCLI.held_locks.pop().release()

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.strategies.model_parallel import _is_sharded_checkpoint  # type: ignore[attr-defined]
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
@@ -15,6 +16,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from lit_modules.checkpoint_files import (
+    AtomicCheckpointIO,
+    checksums,
+    discard,
+    disk_error,
+    partial_of,
+    publish,
+    write_manifest,
+)
+from lit_modules.resume import check_resumed
 from lit_modules.sharded import ShardReader
 from tokenformer.growth import pattention_layers
 
@@ -99,11 +110,34 @@ class FSDP2(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint; of a sharded one also the weights beside an average (EMA) are sharded."""
-        if self._save_distributed_checkpoint:
-            current = checkpoint.pop("current_model_state", {})
-            checkpoint["state_dict"] |= {f"{CURRENT}{name}": tensor for name, tensor in current.items()}
-            checkpoint["param_groups"] = [state.pop("param_groups") for state in checkpoint.get("optimizer_states", [])]
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        current = checkpoint.pop("current_model_state", {})
+        checkpoint["state_dict"] |= {f"{CURRENT}{name}": tensor for name, tensor in current.items()}
+        checkpoint["param_groups"] = [state.pop("param_groups") for state in checkpoint.get("optimizer_states", [])]
+        path = Path(self.broadcast(filepath))
+        files: dict[str, Any] = {}
+        problem: Exception | None = None
+        try:
+            super().save_checkpoint(checkpoint, partial_of(path), storage_options)
+            files = checksums(partial_of(path), self.global_rank)
+        except (Exception, CheckpointException) as error:  # the others have to hear of it, or they would wait
+            problem = disk_error(error) or RuntimeError(f"process {self.global_rank}: {error}")
+        everywhere: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(everywhere, (problem, files))
+        problem = next((problem for problem, _ in everywhere if problem is not None), None)
+        if self.global_rank == 0 and problem is None:
+            try:
+                write_manifest(partial_of(path), [files for _, files in everywhere])
+                publish(path)
+            except OSError as error:
+                problem = error
+        problem = self.broadcast(problem)
+        if problem is not None:
+            discard(partial_of(path))
+        assert isinstance(self.checkpoint_io, AtomicCheckpointIO)  # the command line's
+        self.checkpoint_io.settle(path, problem)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state to be saved: by names; of a full checkpoint by numbers, as a single process has it."""
@@ -176,6 +210,7 @@ class FSDP2(ModelParallelStrategy):
 
     def _take_size(self, saved: dict[str, Any], checkpoint: dict[str, Any]) -> None:
         module: Any = self.lightning_module
+        check_resumed(checkpoint, module)
         self.reshard()
         module.restore_growth(saved, checkpoint.get("growths", []))
         self.shard_new_segments()

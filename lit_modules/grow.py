@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import torch
 
-from lit_modules.callbacks.checkpoint import AtomicCheckpointIO
+from lit_modules.checkpoint_files import write_checkpoint
 from lit_modules.export import new_folder
 from lit_modules.growth import Recipe, Stage, describe, grow_modules
 from lit_modules.language import LanguageModule
@@ -73,7 +73,7 @@ def grow_file(source: Path, out: Path, stage: Stage, recipe: Recipe) -> str:
     checkpoint["growths"] = [*checkpoint.get("growths", []), {"stage": None} | when | record | measured]
     for key, module in zip(keys, modules, strict=True):
         checkpoint[key] = module.state_dict()
-    AtomicCheckpointIO().save_checkpoint(checkpoint, out)
+    write_checkpoint(checkpoint, out)
     return _said(record, before[0], after[0], out)
 
 

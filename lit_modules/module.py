@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from lightning import LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.models import group_parameters
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_modules.loggers import is_log_step
+from lit_modules.nonfinite import guard, spoil
 from lit_modules.optim import (
     OptimConfig,
     adamw,
@@ -26,6 +26,7 @@ from lit_modules.optim import (
     param_groups,
     regroup,
 )
+from lit_modules.resume import check_resumed
 from lit_modules.strategies import data_parallel
 from tokenformer.config import BackboneConfig
 from tokenformer.growth import anneal_taus, pattention_layers
@@ -44,6 +45,7 @@ class TokenFormerModule(LightningModule, ABC):
         growths: one record of each growth so far, oldest first; goes into the checkpoint.
         lr_span: first step of the present schedule and the step after its last; None for the whole training.
         old_lr_scale: rate of the parameters from before the last growth, over that of the new ones.
+        skipped: float32 (), 1 if the last optimizer step was left out since it was not finite, else 0.
     """
 
     config: BackboneConfig
@@ -61,6 +63,7 @@ class TokenFormerModule(LightningModule, ABC):
         self._losses: list[Tensor] = []  # of the batches of this optimizer step
         self._scheduler: LambdaLR | None = None
         self._grad_norm: Tensor | None = None
+        self.skipped: Tensor | None = None
         self._lr = 0.0  # of this optimizer step; its scheduler moves on before the log is written
 
     @abstractmethod
@@ -140,16 +143,8 @@ class TokenFormerModule(LightningModule, ABC):
         checkpoint["growths"] = self.growths
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the size of the saved model, before its weights are loaded and anything is wrapped around it.
-
-        Raises:
-            ValueError: for another kind of model, and for an average of weights that this run does not keep.
-        """
-        saved = checkpoint["hyper_parameters"].get("config", {})
-        if ("patch_size" in saved) != hasattr(self.config, "patch_size"):
-            kinds = ("language", "vision") if "patch_size" in saved else ("vision", "language")
-            raise ValueError(f"the checkpoint has a {kinds[1]} model, this run trains a {kinds[0]} model")
-        self._refuse_average_without_ema(checkpoint)
+        """Take the size of the saved model, before its weights are loaded and anything is wrapped around it."""
+        check_resumed(checkpoint, self)
         if "state_dict" in checkpoint:  # else the strategy, which has loaded the weights already, has done it
             self.restore_growth(checkpoint["state_dict"], checkpoint.get("growths", []))
 
@@ -179,14 +174,6 @@ class TokenFormerModule(LightningModule, ABC):
         new = set(self.growths[-1]["new"]) if only_new else None
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(new is None or name in new)
-
-    def _refuse_average_without_ema(self, checkpoint: dict[str, Any]) -> None:
-        """The optimizer state of the weights is of no use to their average."""
-        if "current_model_state" not in checkpoint or self._trainer is None or not self.trainer.training:
-            return
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, WeightAveraging) for callback in callbacks):
-            raise ValueError("the checkpoint was trained with EMA, this run is not: add --trainer.callbacks+=EMA")
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups for the model as it is now; as many before growth as after it."""
@@ -284,7 +271,7 @@ class TokenFormerModule(LightningModule, ABC):
         """The mean loss of the batch."""
         loss = self.batch_loss(batch)
         self._losses.append(loss.detach())
-        return loss
+        return spoil(loss)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log, when an optimizer step is done and it is time; other steps read nothing from the device."""
@@ -329,9 +316,18 @@ class TokenFormerModule(LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the total norm, and keep it for the log: measuring it again would be another pass."""
+        """Clip by the total norm, and keep it for the log: measuring it again would be another pass.
+
+        A step that is not finite is left out. In 16-mixed that is the GradScaler's doing, and gradients may overflow
+        while it looks for its scale: there only losses tell that something is wrong.
+        """
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
         self._lr = optimizer.param_groups[0]["lr"]  # with layer_decay: that of the last layers
         limit = gradient_clip_val or math.inf
         self._grad_norm = clip_grad_norm(self.parameters(), limit)
+        finite = self._grad_norm.isfinite()
+        if self.trainer.precision == "16-mixed":
+            finite = torch.stack(self._losses).isfinite().all().float()
+            finite = self.trainer.strategy.reduce(finite, reduce_op="min").bool()
+        self.skipped = guard(optimizer, self.parameters(), finite)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 
 from datamodules.text import TextDataModule
 from datamodules.tokenizer import Tokenizer, load_tokenizer
-from lit_modules.callbacks.checkpoint import damage
+from lit_modules.checkpoint_files import damage
 from lit_modules.fsdp2 import CURRENT
 from lit_modules.language import LanguageModule
 from lit_modules.sharded import ShardReader

@@ -1,30 +1,12 @@
 """Sharded checkpoints: folders to which each process has written its part."""
 
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
-
-from tokenformer.files import SHARDED
-
-
-def missing_part(path: Path) -> str | None:
-    """What is wrong with a sharded checkpoint, by its index and the sizes of its files; None if nothing is."""
-    if not zipfile.is_zipfile(path / SHARDED):  # is written last
-        return f"its {SHARDED} is not there, or truncated"
-    try:
-        parts = ShardReader(path).read_metadata().storage_data.values()
-    except Exception as error:  # a damaged pickle raises whatever it stumbles over
-        return f"its index .metadata is not there, or damaged ({error})"
-    ends: dict[str, int] = {}
-    for part in parts:
-        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
-    sizes = {name: (path / name).stat().st_size if (path / name).is_file() else 0 for name in ends}
-    return next((f"its part {name} is truncated" for name, end in ends.items() if sizes[name] < end), None)
 
 
 class ShardReader(FileSystemReader):

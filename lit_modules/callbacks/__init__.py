@@ -4,8 +4,10 @@ from lit_modules.callbacks.checkpoint import Checkpoint
 from lit_modules.callbacks.compression import CompressionBaseline
 from lit_modules.callbacks.ema import EMA
 from lit_modules.callbacks.evaluation_row import EvaluationRow
+from lit_modules.callbacks.free_space import FreeSpace
 from lit_modules.callbacks.grow import GrowParameterTokens
 from lit_modules.callbacks.loss_curve import LossCurve
+from lit_modules.callbacks.nonfinite import NonFinite
 from lit_modules.callbacks.pictures import Pictures
 from lit_modules.callbacks.predictions import ImagePredictions, TokenPredictions
 from lit_modules.callbacks.preemption import Preemption
@@ -13,15 +15,18 @@ from lit_modules.callbacks.progress import Progress
 from lit_modules.callbacks.sample import SampleText
 from lit_modules.callbacks.summary import Summary
 from lit_modules.callbacks.throughput import Throughput
+from lit_modules.callbacks.watch import Watch
 
 __all__ = [
     "EMA",
     "Checkpoint",
     "CompressionBaseline",
     "EvaluationRow",
+    "FreeSpace",
     "GrowParameterTokens",
     "ImagePredictions",
     "LossCurve",
+    "NonFinite",
     "Pictures",
     "Preemption",
     "Progress",
@@ -29,4 +34,5 @@ __all__ = [
     "Summary",
     "Throughput",
     "TokenPredictions",
+    "Watch",
 ]

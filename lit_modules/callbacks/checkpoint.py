@@ -1,19 +1,13 @@
-"""Checkpoints that are whole or not there, and the newest whole one."""
+"""When checkpoints are saved."""
 
-import os
 import time
-import warnings
-import zipfile
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_modules.sharded import missing_part
+from lit_modules.checkpoint_files import AtomicCheckpointIO
+from lit_modules.errors import RunError
 
 
 class Checkpoint(ModelCheckpoint):
@@ -21,12 +15,38 @@ class Checkpoint(ModelCheckpoint):
 
     So a run that is killed while it validates makes that validation again, and its log has it.
 
+    Args:
+        asynchronous: write checkpoints while the training goes on, from a copy in the host's memory; `best` too.
+
     Attributes:
         asked: save this step too; set by :class:`Preemption`.
     """
 
     asked = False
     _deferred = False
+
+    def __init__(self, *args: Any, asynchronous: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.asynchronous = asynchronous
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        strategy: Any = trainer.strategy
+        if self.asynchronous and getattr(strategy, "_save_distributed_checkpoint", False):
+            raise ValueError(
+                "checkpoint.asynchronous=true: sharded checkpoints are written at once; leave it out, or give "
+                "trainer.strategy the argument save_distributed_checkpoint: false"
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        io = trainer.strategy.checkpoint_io
+        if isinstance(io, AtomicCheckpointIO):
+            io.wait()
+            if failure := trainer.strategy.broadcast(io.failure):  # it is the first process that writes
+                raise RunError(
+                    f"{failure}: the last steps of the run are lost. Make room, and go on with --ckpt_path last"
+                )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         loop = trainer.fit_loop
@@ -60,44 +80,3 @@ class Checkpoint(ModelCheckpoint):
             return False
         up = time.monotonic() - (self._last_time_checked or 0.0) >= self._train_time_interval.total_seconds()
         return trainer.strategy.broadcast(up)  # processes have clocks of their own
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames: a kill while saving leaves the old file, or none, but never half of one."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if Path(path).is_dir():
-            raise ValueError(f"{path} is a sharded checkpoint: go on with it by --trainer.strategy fsdp2")
-        return super().load_checkpoint(path, *args, **kwargs)
-
-
-def newest_whole(paths: Iterable[Path]) -> Path | None:
-    """The newest checkpoint that is undamaged; damaged newer ones are passed over with a warning."""
-    for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns, reverse=True):
-        if problem := damage(path):
-            warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=2)
-        else:
-            return path
-    return None
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, by a file's zip directory and checksums; None if nothing is."""
-    if path.is_dir():
-        return missing_part(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError) as error:
-        return f"truncated or not a checkpoint ({error})"
-    return f"its part {broken} is damaged" if broken else None

@@ -21,7 +21,7 @@ class EMA(WeightAveraging):
     The weights themselves are validated beside it: their metrics begin with `val/raw_`.
 
     With warm-up the decay after n averaged steps is min(decay, (1 + n) / (10 + n)), so that the average of a short run
-    is not its initialisation.
+    is not its initialisation. A step that was left out (:class:`NonFinite`) leaves the average as it is.
 
     Args:
         decay: of the average, per optimizer step.
@@ -45,6 +45,7 @@ class EMA(WeightAveraging):
         if stage != "fit":
             return
         self._device = trainer.strategy.root_device
+        self._module = pl_module
         with trainer.precision_plugin.module_init_context():
             pl_module.configure_model()
             # A sharded module can't be copied, but another one can be sharded alike.
@@ -123,7 +124,10 @@ class EMA(WeightAveraging):
             [t.to_local() if isinstance(t, DTensor) else t for t in tensors] for tensors in (averaged, current)
         )
         if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - decay)
+            weight: Any = 1 - decay
+            if (skipped := getattr(self._module, "skipped", None)) is not None:  # known on the device alone
+                weight = weight * (1 - skipped.to(averaged[0].dtype))
+            torch._foreach_lerp_(averaged, current, [weight] * len(averaged))
         else:
             torch._foreach_copy_(averaged, current)
 

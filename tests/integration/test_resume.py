@@ -100,7 +100,7 @@ def test_a_leftover_of_an_interrupted_save_is_not_a_checkpoint(finished, tmp_pat
     arguments = ["--config", str(config), "--ckpt_path", "last", "--run_dir", str(run_dir)]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        from lit_modules.callbacks.checkpoint import newest_whole
+        from lit_modules.checkpoint_files import newest_whole
 
         assert newest_whole((run_dir / "checkpoints").glob("*.ckpt")).name.endswith("00000008.ckpt")
     main(["fit", *arguments, "--trainer.max_steps", "10", "--model.optim.schedule=constant"])
@@ -135,27 +135,6 @@ def test_settings_of_the_command_line_win_over_the_checkpoint(finished, tmp_path
         assert group["lr"] == 0.0005
         assert tuple(group["betas"]) == (0.8, 0.9)
     assert [lr for _, lr in rows(changed, "train/lr")] == pytest.approx([0.0005] * 2)
-
-
-def test_a_checkpoint_with_code_in_it_is_refused(corpus, tmp_path):
-    class Harmful:
-        def __reduce__(self):
-            return (print, ("executed",))
-
-    config = write_config(tmp_path, corpus)
-    torch.save({"state_dict": {}, "x": Harmful()}, tmp_path / "bad.ckpt")
-    with pytest.raises(Exception, match="weights_only|Unsupported|not an allowed global"):
-        main(
-            [
-                "fit",
-                "--config",
-                str(config),
-                "--run_dir",
-                str(tmp_path / "r"),
-                "--ckpt_path",
-                str(tmp_path / "bad.ckpt"),
-            ]
-        )
 
 
 def test_average_is_not_trained_on_as_if_it_were_the_weights(corpus, tmp_path):

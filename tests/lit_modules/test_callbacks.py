@@ -1,7 +1,6 @@
 """Callbacks by themselves: the average, the speed, the log, the progress bar."""
 
 import csv
-import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,6 @@ from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lit_modules.callbacks import EMA, GrowParameterTokens, Throughput
-from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole
 from lit_modules.hardware import peak_flops
 from lit_modules.loggers import ResumableCSVLogger
 from lit_modules.optim import OptimConfig
@@ -187,37 +185,3 @@ def test_csv_log_goes_on_and_replaces_what_was_lost(tmp_path):
         rows = list(csv.DictReader(file))
     assert [(int(row["step"]), float(row["loss"])) for row in rows] == [(step, float(step)) for step in range(7)]
     assert [row["accuracy"] for row in rows] == ["", "", "", "1.0", "1.0", "1.0", "1.0"]
-
-
-def test_checkpoints_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "folder" / "a.ckpt"
-    io = AtomicCheckpointIO()
-    io.save_checkpoint({"weight": torch.arange(1000)}, path)
-    assert damage(path) is None
-    before = path.read_bytes()
-
-    def fail(checkpoint, file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        io.save_checkpoint({}, path)
-    assert path.read_bytes() == before
-
-
-def test_damage_is_seen_wherever_it_is(tmp_path):
-    path = tmp_path / "a.ckpt"
-    torch.save({"weight": torch.arange(1000)}, path)
-    content = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        data = next(info for info in archive.infolist() if info.filename.endswith("data/0"))
-    for changed in (content[:-100], content[: len(content) // 2], b"", b"not a zip"):
-        path.write_bytes(changed)
-        assert "truncated" in damage(path)
-    flipped = bytearray(content)
-    flipped[data.header_offset + 1000] ^= 1
-    path.write_bytes(flipped)
-    assert "damaged" in damage(path)
-    with pytest.warns(UserWarning, match="passed over"):
-        assert newest_whole([path]) is None

@@ -132,3 +132,13 @@ def test_scheduler_follows_the_factor():
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**change)
+
+
+def test_moments_of_another_shape_are_refused():
+    """The fused update would read past them."""
+    one, other = (torch.nn.Linear(4, size) for size in (2, 3))
+    optimizers = [adamw(param_groups(model, 0.1), OptimConfig(), fused=True) for model in (one, other)]
+    one(torch.randn(1, 4)).sum().backward()
+    optimizers[0].step()
+    with pytest.raises(ValueError, match=r"trained weight with the shape \(2, 4\), now it has \(3, 4\)"):
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
