@@ -347,17 +347,22 @@ def test_workers_live_on_from_epoch_to_epoch(folder):
     assert same(take(loader, 2), rest)
 
 
-def test_the_loader_knows_how_long_it_was_waited_for(folder):
-    import time
-
+def test_the_loader_knows_how_long_it_was_waited_for(folder, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("datamodules.loader.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     data = module(folder)
     loader = data.train_dataloader()
     assert loader.waited == 0.0
     transform = loader.dataset.transform
-    loader.dataset.transform = lambda image: time.sleep(0.01) or transform(image)
-    for _ in take(loader, 2):
-        time.sleep(0.3)  # the consumer's own time
-    assert 0.08 <= loader.waited < 0.3
+
+    def slow(image):
+        clock[0] += 1
+        return transform(image)
+
+    loader.dataset.transform = slow
+    for _ in zip(range(2), loader, strict=False):
+        clock[0] += 1000  # the consumer's own time
+    assert loader.waited == 2 * data.batch_size
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from datamodules.tokenizer import ByteTokenizer, load_tokenizer
-from lit_modules.callbacks.checkpoint import AtomicCheckpointIO, damage, newest_whole
+from lit_modules.checkpoint_files import AtomicCheckpointIO, damage, newest_whole
 from lit_modules.cli import main
 from lit_modules.fsdp2 import FSDP2
 from lit_modules.saved import load_saved, module_of, read_checkpoint, save_tokenizer, tokenizer_of
