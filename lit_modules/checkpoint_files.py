@@ -253,4 +253,6 @@ def _code_in(path: Path) -> str | None:
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|[Uu]nsupported (?:class|operand|global).*?) ([\w.]+)", str(error))
         return f"it holds code ({found[1] if found else 'not named'}), which is never run"
+    except RuntimeError:
+        return "it is another kind of zip file"
     return None

@@ -5,7 +5,6 @@ dictionary that the one file holds.
 """
 
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, get_args
 
 import torch
@@ -93,10 +92,7 @@ def read_head(path: Path) -> dict[str, Any]:
         raise wrong_kind(path, wanted)
     if problem := damage(path):
         raise ValueError(f"{path}: {problem}") if path.suffix == ".ckpt" else wrong_kind(path, wanted)
-    try:
-        head: Any = torch.load(path / SHARDED if path.is_dir() else path, "cpu", weights_only=True, mmap=True)
-    except (RuntimeError, UnpicklingError) as error:  # another kind of zip file; one that holds more than tensors
-        raise wrong_kind(path, f"{wanted}, this holds something else") from error
+    head: Any = torch.load(path / SHARDED if path.is_dir() else path, "cpu", weights_only=True, mmap=True)
     if not isinstance(head, dict) or "pytorch-lightning_version" not in head or is_sharded(path.parent):
         raise (
             wrong_kind(path, wanted) if path.suffix != ".ckpt" else ValueError(f"{path} is no checkpoint of Lightning")

@@ -16,6 +16,13 @@ torch.set_num_threads(1)  # tiny models: more threads wait for each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(autouse=True)
+def no_meeting_place():
+    """A run in this process leaves where its processes have met; those that a test starts must find their own."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def golden_lm():
     return load_file(ASSETS / "golden_lm_small.safetensors")

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from datamodules.tokenizer import ByteTokenizer, load_tokenizer
-from lit_modules.checkpoint_files import AtomicCheckpointIO, damage, newest_whole
+from lit_modules.checkpoint_files import AtomicCheckpointIO, checksums, damage, newest_whole, write_manifest
 from lit_modules.cli import main
 from lit_modules.fsdp2 import FSDP2
 from lit_modules.saved import load_saved, module_of, read_checkpoint, save_tokenizer, tokenizer_of
@@ -128,7 +128,7 @@ def test_a_sharded_checkpoint_is_exported(corpus, tmp_path):
     for part in (next(sharded.glob("*.distcp")), sharded / "meta.pt"):
         whole = part.read_bytes()
         part.write_bytes(whole[:-100])
-        assert f"its {'part ' if part.name != 'meta.pt' else ''}{part.name} is" in damage(sharded)
+        assert f"its part {part.name} is" in damage(sharded)
         part.write_bytes(whole)
     assert damage(sharded) is None
 
@@ -137,6 +137,8 @@ def test_a_sharded_checkpoint_is_exported(corpus, tmp_path):
             return Path.touch, (tmp_path / "was here",)
 
     (sharded / ".metadata").write_bytes(pickle.dumps(Evil()))
+    assert "its part .metadata is" in damage(sharded)
+    write_manifest(sharded, [checksums(sharded, rank=0)])
     with pytest.raises(ValueError, match="which is not part of a checkpoint"):
         read_checkpoint(sharded)
     with pytest.raises(ValueError, match="which is not part of a checkpoint"):
@@ -160,7 +162,7 @@ def test_the_wrong_kind_of_file_names_the_command(run, tmp_path):
         ("export", run[1], r"the newest is .*/checkpoints/.*\.ckpt; wanted is a checkpoint"),
         ("export", tmp_path / "x.ckpt", "is the checkpoint of another LightningModule"),
         ("export", tmp_path / "y.ckpt", "is no checkpoint of Lightning"),
-        ("export", tmp_path / "z.pt", "`tokenformer import .*this holds something else"),
+        ("export", tmp_path / "z.pt", "`tokenformer import .*; wanted is a checkpoint"),
         ("export", tmp_path / "none.ckpt", "no such file"),
         ("export", tmp_path / "broken.ckpt", "truncated or not a checkpoint"),
         ("export", tmp_path / "pytorch_model.pt", "`tokenformer import .*; wanted is a checkpoint"),

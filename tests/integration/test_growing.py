@@ -338,7 +338,10 @@ def test_an_exported_model_grows(tmp_path, capsys):
     assert grown.backbone.blocks[0].ffn.num_tokens == 64
     for arguments, message in (
         ([small, "--factor", "2", "--out", out], "exists: choose another"),
-        ([str(tmp_path), "--factor", "2", "--out", str(tmp_path / "x")], "`tokenformer export` makes one"),
+        (
+            [str(tmp_path), "--factor", "2", "--out", str(tmp_path / "x")],
+            "is neither a checkpoint nor an exported model",
+        ),
         ([str(tmp_path / "none.ckpt"), "--factor", "2", "--out", str(tmp_path / "x.ckpt")], "no such file"),
         ([small, "--ffn", "8", "--out", str(tmp_path / "x")], "growth only adds"),
         ([small, "--out", str(tmp_path / "x")], "give a factor, or some of"),
