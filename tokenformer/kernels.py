@@ -20,12 +20,20 @@ SQRT_HALF = tl.constexpr(0.5**0.5)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 
+def empty_scores(like: Tensor, N: int) -> Tensor:
+    """A buffer (T, N) for the T rows of `like`. Rows begin at multiples of 16 elements, as wide loads and stores need."""
+    return like.new_empty(len(like), -(-N // 16) * 16)[:, :N]
+
+
 def norm_gelu(scores: Tensor, tau: Tensor, factor: Tensor) -> Tensor:
-    """Weights gelu(tau A / |A|) of scores A (T, N). Writes tau / |A|, 0 for a zero row, to `factor` (T, 1)."""
-    weights = torch.empty_like(scores)
+    """Weights gelu(tau A / |A|) of scores A (T, N). Writes tau / |A|, 0 for a zero row, to `factor` (T, 1).
+
+    All (T, N) here are from :func:`empty_scores`.
+    """
+    weights = empty_scores(scores, scores.shape[1])
     with torch.cuda.device_of(scores):
         _norm_gelu[(len(scores),)](
-            scores, tau, weights, factor, scores.shape[1], torch.finfo(scores.dtype).max, **_tiles(scores)
+            scores, tau, weights, factor, *_row(scores), torch.finfo(scores.dtype).max, **_tiles(scores)
         )
     return weights
 
@@ -42,11 +50,16 @@ def norm_gelu_backward(grad: Tensor, scores: Tensor, tau: Tensor, factor: Tensor
     Returns:
         The weights again (T, N), and r / N (T, 1) in float32, where r is the dot product of z = tau A / |A| and dL/dz.
     """
-    weights = torch.empty_like(scores)
+    weights = empty_scores(scores, scores.shape[1])
     r = torch.empty_like(factor, dtype=torch.float32)
     with torch.cuda.device_of(scores):
-        _norm_gelu_backward[(len(scores),)](grad, scores, tau, factor, weights, r, scores.shape[1], **_tiles(scores))
+        _norm_gelu_backward[(len(scores),)](grad, scores, tau, factor, weights, r, *_row(scores), **_tiles(scores))
     return weights, r
+
+
+def _row(scores: Tensor) -> tuple[int, int]:
+    """N, and elements from one row to the next."""
+    return scores.shape[1], scores.stride(0)
 
 
 def _tiles(scores: Tensor) -> dict[str, int]:
@@ -56,15 +69,15 @@ def _tiles(scores: Tensor) -> dict[str, int]:
 
 
 @triton.jit
-def _norm_gelu(scores, tau, weights, factor, N, LARGEST, TILE: tl.constexpr):
+def _norm_gelu(scores, tau, weights, factor, N, stride, LARGEST, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)  # T x N may be more than 2^31
-    scores += row * N
-    weights += row * N
+    scores += row * stride
+    weights += row * stride
     squares = tl.zeros([TILE], tl.float32)
     for start in range(0, N, TILE):
         columns = start + tl.arange(0, TILE)
-        a = tl.load(scores + columns, mask=columns < N, other=0, eviction_policy="evict_last").to(tl.float32)
-        squares += a * a
+        a = tl.load(scores + columns, mask=columns < stride, eviction_policy="evict_last").to(tl.float32)
+        squares += tl.where(columns < N, a * a, 0)  # behind N is anything
     norm = tl.sqrt(tl.sum(squares))
     # The clamp keeps the factor of a tiny row finite in float16.
     by = tl.minimum(tl.load(tau).to(tl.float32) / tl.where(norm > 0, norm, 1), LARGEST)
@@ -72,27 +85,27 @@ def _norm_gelu(scores, tau, weights, factor, N, LARGEST, TILE: tl.constexpr):
     tl.store(factor + row, by)
     for start in range(0, N, TILE):
         columns = start + tl.arange(0, TILE)
-        a = tl.load(scores + columns, mask=columns < N, eviction_policy="evict_first").to(tl.float32)
+        a = tl.load(scores + columns, mask=columns < stride, eviction_policy="evict_first").to(tl.float32)
         z = a * by.to(tl.float32)
-        tl.store(weights + columns, z * _normal_cdf(z), mask=columns < N)
+        tl.store(weights + columns, z * _normal_cdf(z), mask=columns < stride)
 
 
 @triton.jit
-def _norm_gelu_backward(grad, scores, tau, factor, weights, r, N, TILE: tl.constexpr):
+def _norm_gelu_backward(grad, scores, tau, factor, weights, r, N, stride, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    grad += row * N
-    scores += row * N
-    weights += row * N
+    grad += row * stride
+    scores += row * stride
+    weights += row * stride
     by = tl.load(factor + row).to(tl.float32)
     dots = tl.zeros([TILE], tl.float32)
     for start in range(0, N, TILE):
         columns = start + tl.arange(0, TILE)
-        inside = columns < N
-        z = by * tl.load(scores + columns, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
-        g = tl.load(grad + columns, mask=inside, other=0).to(tl.float32)
+        inside = columns < stride
+        z = by * tl.load(scores + columns, mask=inside, eviction_policy="evict_last").to(tl.float32)
+        g = tl.load(grad + columns, mask=inside).to(tl.float32)
         cdf = _normal_cdf(z)
         g *= cdf + z * INV_SQRT_2PI * tl.exp(-0.5 * z * z)
-        dots += g * z
+        dots += tl.where(columns < N, g * z, 0)
         tl.store(grad + columns, g, mask=inside, eviction_policy="evict_last")  # dL/dz: erf costs more than a write
         tl.store(weights + columns, z * cdf, mask=inside)
     dot = tl.sum(dots)
@@ -102,7 +115,7 @@ def _norm_gelu_backward(grad, scores, tau, factor, weights, r, N, TILE: tl.const
     tl.debug_barrier()  # what one thread has written another may read
     for start in range(0, N, TILE):
         columns = start + tl.arange(0, TILE)
-        inside = columns < N
+        inside = columns < stride
         a = tl.load(scores + columns, mask=inside, eviction_policy="evict_first").to(tl.float32)
         g = tl.load(grad + columns, mask=inside, eviction_policy="evict_first").to(tl.float32)
         tl.store(grad + columns, g - along * a, mask=inside)

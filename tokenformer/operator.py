@@ -147,10 +147,20 @@ def _row_factor(rows: Tensor, scale: Tensor | float, group: ProcessGroup | None 
     return torch.where(norm > 0, scale / torch.where(norm > 0, norm, 1), 0)
 
 
-def _uses_kernels(scores: Tensor, group: ProcessGroup | None) -> bool:
+def _uses_kernels(x: Tensor, group: ProcessGroup | None) -> bool:
     """Whether Triton kernels do what is done to rows. torch.compile makes its own from torch's functions."""
-    narrow = scores.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return scores.is_cuda and HAS_TRITON and narrow and group is None and not torch.compiler.is_compiling()
+    narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return x.is_cuda and HAS_TRITON and narrow and group is None and not torch.compiler.is_compiling()
+
+
+def _empty_scores(x: Tensor, keys: Sequence[Tensor], group: ProcessGroup | None) -> Tensor:
+    """A buffer (T, N)."""
+    N = sum(len(segment) for segment in keys)
+    if _uses_kernels(x, group):
+        from tokenformer.kernels import empty_scores
+
+        return empty_scores(x, N)
+    return x.new_empty(len(x), N)
 
 
 def _forward(
@@ -160,11 +170,11 @@ def _forward(
 
     It holds the GELU's input z = tau A / |A|, or A where kernels multiply by the factor while they read.
     """
-    T, N = len(x), sum(len(segment) for segment in keys)
-    kept, out, factor = x.new_empty(T, N), x.new_empty(T, values[0].shape[1]), x.new_empty(T, 1)
-    for x_block, scores, out_block, factor_block in _blocks(T * N, x, kept, out, factor):
+    kept = _empty_scores(x, keys, group)
+    out, factor = x.new_empty(len(x), values[0].shape[1]), x.new_empty(len(x), 1)
+    for x_block, scores, out_block, factor_block in _blocks(kept.numel(), x, kept, out, factor):
         _write_products(x_block, keys, scores)
-        if _uses_kernels(kept, group):
+        if _uses_kernels(x, group):
             from tokenformer.kernels import norm_gelu
 
             weights = norm_gelu(scores, tau, factor_block)
@@ -179,10 +189,10 @@ def _forward(
 
 def _kept_again(group: ProcessGroup | None, x: Tensor, keys: Sequence[Tensor], factor: Tensor) -> Tensor:
     """What :func:`_forward` keeps, bit for bit."""
-    kept = x.new_empty(len(x), sum(len(segment) for segment in keys))
+    kept = _empty_scores(x, keys, group)
     for x_block, scores, factor_block in _blocks(kept.numel(), x, kept, factor):
         _write_products(x_block, keys, scores)
-        if not _uses_kernels(kept, group):
+        if not _uses_kernels(x, group):
             scores.mul_(factor_block)
     return kept
 
@@ -267,10 +277,10 @@ class _L2NormGELU(torch.autograd.Function):
         needs_scores = needs_x or needs_tau or any(needs_keys)
         if kept is None:
             kept = _kept_again(ctx.group, x, keys, factor)
-        if _uses_kernels(kept, ctx.group):
+        if _uses_kernels(x, ctx.group):
             from tokenformer.kernels import norm_gelu_backward
 
-            grad = _write_products(grad_out, values, torch.empty_like(kept))  # dL/dweights
+            grad = _write_products(grad_out, values, _empty_scores(x, keys, None))  # dL/dweights
             weights, r = norm_gelu_backward(grad, kept, tau, factor)
             grad_values = _gradients(weights, grad_out, values, needs_values)
         else:
