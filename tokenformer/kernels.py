@@ -21,7 +21,7 @@ INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 
 def empty_scores(like: Tensor, N: int) -> Tensor:
-    """A buffer (T, N) for the T rows of `like`. Rows begin at multiples of 16 elements, as wide loads and stores need."""
+    """A buffer (T, N) for the T rows of `like`. Rows begin at multiples of 16 elements: wide loads and stores."""
     return like.new_empty(len(like), -(-N // 16) * 16)[:, :N]
 
 

@@ -45,6 +45,7 @@ def test_one_row_is_that_of_torch_and_no_other_is_touched(N):
     factor, before = scores.new_empty(1, 1), sheet.clone()
     weights = norm_gelu(scores, tau, factor)
     assert torch.equal(sheet.nan_to_num(), before.nan_to_num())
+    assert weights.stride() == scores.stride() == (sheet.shape[1], 1)
     A = scores.double().requires_grad_()
     wide = tau.requires_grad_()
     z = wide * A / A.norm()
