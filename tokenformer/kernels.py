@@ -38,8 +38,10 @@ def norm_gelu(scores: Tensor, tau: Tensor, factor: Tensor) -> Tensor:
     return weights
 
 
-def norm_gelu_backward(grad: Tensor, scores: Tensor, tau: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn `grad` (T, N) from dL/dweights to |A| / tau * dL/dA, in place.
+def norm_gelu_backward(
+    grad: Tensor, scores: Tensor, tau: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Turn `grad` (T, N) from dL/dweights to dL/dA, in place.
 
     Args:
         grad: the gradient of what :func:`norm_gelu` returned.
@@ -48,13 +50,17 @@ def norm_gelu_backward(grad: Tensor, scores: Tensor, tau: Tensor, factor: Tensor
         factor: what it wrote.
 
     Returns:
-        The weights again (T, N), and r / N (T, 1) in float32, where r is the dot product of z = tau A / |A| and dL/dz.
+        The weights again (T, N); r / N (T, 1) in float32, where r is the dot product of z = tau A / |A| and dL/dz; what
+        rows are still to be multiplied by: `factor` in float16, whose range dL/dA may leave, else None.
     """
+    outside = scores.dtype == torch.float16
     weights = empty_scores(scores, scores.shape[1])
     r = torch.empty_like(factor, dtype=torch.float32)
     with torch.cuda.device_of(scores):
-        _norm_gelu_backward[(len(scores),)](grad, scores, tau, factor, weights, r, *_row(scores), **_tiles(scores))
-    return weights, r
+        _norm_gelu_backward[(len(scores),)](
+            grad, scores, tau, factor, weights, r, *_row(scores), outside, **_tiles(scores)
+        )
+    return weights, r, factor if outside else None
 
 
 def _row(scores: Tensor) -> tuple[int, int]:
@@ -91,7 +97,7 @@ def _norm_gelu(scores, tau, weights, factor, N, stride, LARGEST, TILE: tl.conste
 
 
 @triton.jit
-def _norm_gelu_backward(grad, scores, tau, factor, weights, r, N, stride, TILE: tl.constexpr):
+def _norm_gelu_backward(grad, scores, tau, factor, weights, r, N, stride, OUTSIDE: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     grad += row * stride
     scores += row * stride
@@ -112,13 +118,14 @@ def _norm_gelu_backward(grad, scores, tau, factor, weights, r, N, stride, TILE: 
     tl.store(r + row, dot / N)
     scale = tl.load(tau).to(tl.float32)
     along = by * dot / (scale * scale)
+    last = 1.0 if OUTSIDE else by
     tl.debug_barrier()  # what one thread has written another may read
     for start in range(0, N, TILE):
         columns = start + tl.arange(0, TILE)
         inside = columns < stride
         a = tl.load(scores + columns, mask=inside, eviction_policy="evict_first").to(tl.float32)
         g = tl.load(grad + columns, mask=inside, eviction_policy="evict_first").to(tl.float32)
-        tl.store(grad + columns, g - along * a, mask=inside)
+        tl.store(grad + columns, last * (g - along * a), mask=inside)
 
 
 @triton.jit

@@ -253,7 +253,8 @@ class _L2NormGELU(torch.autograd.Function):
 
     Backward (paper, App. A): with z = tau A / |A|, g = dL/dz and r = g . z per row,
         dL/dA = (tau / |A|) (g - z r / tau^2),    dL/dtau = sum r / tau.
-    The factor tau / |A| belongs to a row, so it is applied to T x D matrices instead of T x N ones.
+    The factor tau / |A| belongs to a row, so it is applied to T x D matrices instead of T x N ones. A kernel has
+    it for nothing while it writes dL/dA.
     """
 
     @staticmethod
@@ -281,7 +282,7 @@ class _L2NormGELU(torch.autograd.Function):
             from tokenformer.kernels import norm_gelu_backward
 
             grad = _write_products(grad_out, values, _empty_scores(x, keys, None))  # dL/dweights
-            weights, r = norm_gelu_backward(grad, kept, tau, factor)
+            weights, r, factor = norm_gelu_backward(grad, kept, tau, factor)
             grad_values = _gradients(weights, grad_out, values, needs_values)
         else:
             weights = F.gelu(kept) if any(needs_values) else torch.empty_like(kept)
@@ -294,9 +295,10 @@ class _L2NormGELU(torch.autograd.Function):
         if needs_tau:
             grad_tau = (r.sum() * kept.shape[1] / tau.to(r.dtype)).to(tau.dtype).view_as(tau)
         if needs_x:
-            grad_x = _sum_of_products(grad, keys, torch.empty_like(x)).mul_(factor)
+            grad_x = _sum_of_products(grad, keys, torch.empty_like(x))
+            grad_x = grad_x if factor is None else grad_x.mul_(factor)
         if any(needs_keys):
-            grad_keys = _gradients(grad, x * factor, keys, needs_keys)
+            grad_keys = _gradients(grad, x if factor is None else x * factor, keys, needs_keys)
         return None, None, grad_x, grad_tau, *grad_keys, *grad_values
 
 
