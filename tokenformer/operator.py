@@ -253,8 +253,8 @@ class _L2NormGELU(torch.autograd.Function):
 
     Backward (paper, App. A): with z = tau A / |A|, g = dL/dz and r = g . z per row,
         dL/dA = (tau / |A|) (g - z r / tau^2),    dL/dtau = sum r / tau.
-    The factor tau / |A| belongs to a row, so it is applied to T x D matrices instead of T x N ones. A kernel has
-    it for nothing while it writes dL/dA.
+    The factor tau / |A| belongs to a row, so it is applied to T x D matrices instead of T x N ones. Kernels, those of
+    torch.compile too, have it for nothing while they write dL/dA, except in float16, whose range that may leave.
     """
 
     @staticmethod
@@ -290,6 +290,8 @@ class _L2NormGELU(torch.autograd.Function):
             if needs_scores:
                 grad = _write_products(grad_out, values, weights)  # over the weights
                 r = _norm_gelu_backward(grad, kept, tau, ctx.group)
+                if torch.compiler.is_compiling() and x.dtype != torch.float16:
+                    grad, factor = grad * factor, None
         grad_x = grad_tau = None
         grad_keys: list[Tensor | None] = [None] * half
         if needs_tau:
