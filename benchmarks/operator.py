@@ -1,9 +1,9 @@
 """The fused Pattention operator against an MLP of its shape and against the straightforward transcription.
 
-    python -m benchmarks.operator [--tokens 4096] [--dim 768] [--num-tokens 3072] [--rounds 7] [--device cpu]
+    python -m benchmarks.operator [--shapes 768x3072 ...] [--tokens 512] [--rounds 7] [--device cpu]
 
-One row a precision: forward+backward time ratios (median of the rounds, lowest and highest), and the bytes that each
-keeps for the backward pass besides its inputs.
+One row a shape, a precision, and eager or compiled: forward+backward time ratios (median of the rounds, lowest and
+highest), and what each keeps for the backward pass besides its inputs, in buffers of T x N.
 """
 
 import sys
@@ -15,6 +15,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -22,6 +23,13 @@ from torch.nn import functional as F
 
 from benchmarks.harness import ratio, time_in_turn, write_csv
 from tokenformer import pattention
+from tokenformer.operator import attend, default_tau
+
+# D x N: feed-forward layers of the published 150M, 450M and 1.5B, and the smallest and largest layer that grew.
+SHAPES = ("768x576", "768x3072", "1024x4096", "1536x6144", "768x34480")
+TOKENS = {"cpu": 512, "cuda": 32768}
+# Steps between two looks at the clock: a GPU's are short beside a launch.
+REPEATS = {"cpu": 1, "cuda": 5}
 
 
 def transcription(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -36,9 +44,23 @@ def mlp(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return F.gelu(x @ keys.T) @ values
 
 
-def step(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_out: Tensor) -> None:
+def recomputing(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The fused operator that keeps no scores."""
+    return attend(x, [keys], [values], default_tau(len(keys)), "l2_norm_gelu", recompute=True)
+
+
+CONTENDERS: dict[str, Callable[..., Tensor]] = {
+    "fused": pattention,
+    "recomputing": recomputing,
+    "mlp": mlp,
+    "transcription": transcription,
+}
+
+
+def steps(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_out: Tensor, repeats: int) -> None:
     """Forward and backward."""
-    torch.autograd.grad(function(*inputs), inputs, grad_out)
+    for _ in range(repeats):
+        torch.autograd.grad(function(*inputs), inputs, grad_out)
 
 
 def saved_bytes(function: Callable[..., Tensor], *inputs: Tensor) -> int:
@@ -56,39 +78,48 @@ def saved_bytes(function: Callable[..., Tensor], *inputs: Tensor) -> int:
     return sum(size for pointer, size in storages.items() if pointer not in mine)
 
 
+def compare(shape: str, dtype: torch.dtype, compiled: bool, args: argparse.Namespace) -> dict[str, object]:
+    """A row of the table."""
+    T, (D, N) = args.tokens, map(int, shape.split("x"))
+    torch.manual_seed(0)
+    factory = {"device": args.device, "dtype": dtype}
+    x = torch.randn(T, D, **factory).requires_grad_()
+    keys = torch.randn(N, D, **factory).mul_(0.02).requires_grad_()
+    values = torch.randn(N, D, **factory).mul_(0.02).requires_grad_()
+    grad_out = torch.randn(T, D, **factory)
+
+    inputs, contenders = (x, keys, values), CONTENDERS
+    if compiled:
+        torch.compiler.reset()  # it gives up on a function that it has compiled for too many shapes
+        contenders = {name: torch.compile(function, dynamic=False) for name, function in CONTENDERS.items()}
+    repeats = REPEATS[args.device]
+    calls = {name: partial(steps, function, inputs, grad_out, repeats) for name, function in contenders.items()}
+    seconds = time_in_turn(calls, args.rounds)
+    mode = "compiled" if compiled else "eager"
+    row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "mode": mode, "T": T, "D": D, "N": N}
+    for peer in ("mlp", "transcription"):
+        median, low, high = ratio(seconds, "fused", peer)
+        row |= {f"time_ratio_{peer}": f"{median:.3f}", f"range_{peer}": f"{low:.3f}-{high:.3f}"}
+    for name, function in contenders.items():
+        row[f"{name}_ms"] = f"{1e3 * statistics.median(seconds[name]) / repeats:.2f}"
+        row[f"{name}_saved"] = f"{saved_bytes(function, *inputs) / (T * N * dtype.itemsize):.2f}"
+    return row
+
+
 def main() -> None:
     """Run the comparison and write benchmarks/results/operator.csv."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096, help="T, input tokens")
-    parser.add_argument("--dim", type=int, default=768, help="D, channels in and out")
-    parser.add_argument("--num-tokens", type=int, default=3072, help="N, parameter tokens")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="DxN", help="channels x parameter tokens")
+    parser.add_argument("--tokens", type=int, help="T, input tokens; default: 512 on the CPU, 32768 on a GPU")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=REPEATS, default="cpu")
     args = parser.parse_args()
-    T, D, N = args.tokens, args.dim, args.num_tokens
-    contenders = {"fused": pattention, "mlp": mlp, "transcription": transcription}
+    args.tokens = args.tokens or TOKENS[args.device]
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        factory = {"device": args.device, "dtype": dtype}
-        x = torch.randn(T, D, **factory).requires_grad_()
-        keys = torch.randn(N, D, **factory).mul_(0.02).requires_grad_()
-        values = torch.randn(N, D, **factory).mul_(0.02).requires_grad_()
-        grad_out = torch.randn(T, D, **factory)
-
-        inputs = (x, keys, values)
-        steps = {name: partial(step, function, inputs, grad_out) for name, function in contenders.items()}
-        seconds = time_in_turn(steps, args.rounds)
-        row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "T": T, "D": D, "N": N}
-        for peer in ("mlp", "transcription"):
-            median, low, high = ratio(seconds, "fused", peer)
-            row |= {f"time_ratio_{peer}": f"{median:.3f}", f"range_{peer}": f"{low:.3f}-{high:.3f}"}
-        for name, function in contenders.items():
-            row[f"{name}_ms"] = f"{1e3 * statistics.median(seconds[name]):.1f}"
-            row[f"{name}_saved_bytes"] = saved_bytes(function, *inputs)
-        rows.append(row)
-        print(*(f"{key} {value}" for key, value in row.items()), sep="  ")
-    print(f"one T x N buffer is {4 * T * N} bytes in float32; rows in {write_csv('operator', rows)}")
+    for shape, dtype, compiled in product(args.shapes, (torch.float32, torch.bfloat16), (False, True)):
+        rows.append(compare(shape, dtype, compiled, args))
+        print(*(f"{key} {value}" for key, value in rows[-1].items()), sep="  ", flush=True)
+    print(f"rows in {write_csv('operator', rows)}")
 
 
 if __name__ == "__main__":

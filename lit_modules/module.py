@@ -42,6 +42,8 @@ class TokenFormerModule(LightningModule, ABC):
 
     Attributes:
         config: of the model before any growth.
+        checkpoint_activations: whether only each block's input is kept for the backward pass.
+        recompute_scores: whether Pattention layers keep no scores for it.
         growths: one record of each growth so far, oldest first; goes into the checkpoint.
         lr_span: first step of the present schedule and the step after its last; None for the whole training.
         old_lr_scale: rate of the parameters from before the last growth, over that of the new ones.
@@ -49,6 +51,8 @@ class TokenFormerModule(LightningModule, ABC):
     """
 
     config: BackboneConfig
+    checkpoint_activations: bool
+    recompute_scores: bool
     samples: ClassVar[str]  # what a batch consists of, for the log
     predict_option: ClassVar[str]  # what `tokenformer predict` needs, to be shown to the user
 
@@ -113,6 +117,21 @@ class TokenFormerModule(LightningModule, ABC):
     @abstractmethod
     def install(self, model: nn.Module) -> None:
         """Make this the model: as it is to be trained, checkpointed, compiled and sharded."""
+
+    def check_recomputing(self) -> None:
+        """Refuse `recompute_scores` where it would do nothing."""
+        if not self.recompute_scores:
+            return
+        if self.checkpoint_activations:
+            raise ValueError(
+                "model.recompute_scores=true, model.checkpoint_activations=true: the second keeps no scores; choose one"
+            )
+        if self.config.baseline is not None:
+            raise ValueError(f"model.recompute_scores=true: config.baseline={self.config.baseline!r} has no scores")
+        if self.config.score_norm != "l2_norm_gelu":
+            raise ValueError(
+                f"model.recompute_scores=true: needs config.score_norm=l2_norm_gelu, not {self.config.score_norm}"
+            )
 
     def setup(self, stage: str) -> None:
         """Refuse settings under which a resumed run could not be exact."""

@@ -179,6 +179,7 @@ def _sizes(model: LanguageModule, growth: GrowParameterTokens | None) -> Iterato
         net = model.build_model()
     for size in chain([net], rehearse(net, growth.stages, growth.recipe) if growth else ()):
         size.backbone.checkpoint_activations = model.checkpoint_activations
+        size.backbone.recompute_scores(model.recompute_scores)
         yield size
 
 

@@ -46,6 +46,8 @@ class VisionModule(TokenFormerModule):
             be of its sizes.
         compile: compile each block with torch.compile: a minute at the start, faster steps.
         checkpoint_activations: keep only each block's input for the backward pass; less memory, a third more work.
+        recompute_scores: keep no scores of Pattention layers for the backward pass; less memory, a sixth more of their
+            work. Goes without checkpoint_activations, which keeps none anyway.
 
     Raises:
         ValueError: for a name that timm does not know; in `setup`, when data and model don't fit.
@@ -66,12 +68,17 @@ class VisionModule(TokenFormerModule):
         init_from: str | None = None,
         compile: bool = False,
         checkpoint_activations: bool = False,
+        recompute_scores: bool = False,
     ) -> None:
         # From a checkpoint they come as dictionaries, since nothing else is stored: no code runs when one is read.
         super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim, init_from)
         self.config = ViTConfig(**config) if isinstance(config, dict) else config
         self.timm_model, self.timm_args, self.label_smoothing = timm_model, timm_args or {}, label_smoothing
         self.compile_blocks, self.checkpoint_activations = compile, checkpoint_activations
+        self.recompute_scores = recompute_scores
+        self.check_recomputing()
+        if timm_model is not None and recompute_scores:
+            raise ValueError(f"model.recompute_scores=true: the timm model {timm_model} has no scores; leave it out")
         if timm_model is not None and not timm.is_model(timm_model):
             near = get_close_matches(timm_model, timm.list_models())
             hint = f": did you mean {', '.join(near)}?" if near else ""
@@ -109,6 +116,8 @@ class VisionModule(TokenFormerModule):
         self.model = model
         if self.checkpoint_activations:
             model.set_grad_checkpointing()  # type: ignore[operator]
+        if self.recompute_scores:
+            model.backbone.recompute_scores()  # type: ignore[operator, union-attr]
         if self.compile_blocks:
             for block in blocks_of(model) or [model]:
                 block.compile()

@@ -137,6 +137,12 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=1e-5)
 
+    def recompute_scores(self, enable: bool = True) -> None:
+        """Set what :class:`Pattention` calls `recompute_scores` in all layers."""
+        for module in self.modules():
+            if isinstance(module, Pattention):
+                module.recompute_scores = enable
+
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D). With a cache x is what follows on what that has read."""
         if cache is not None:

@@ -25,7 +25,7 @@ PRECISIONS = {
     "bf16-true": (2, 2),
 }
 
-# T x N buffers that an operator keeps for its backward pass.
+# T x N buffers that an operator keeps for its backward pass, unless the layer's `recompute_scores` is on.
 SCORE_BUFFERS = {"l2_norm_gelu": 1, "gelu_l2_norm": 3, "softmax": 2}
 
 
@@ -99,7 +99,8 @@ def training_memory(
     temporaries of the backward pass are not counted either: up to 40 % too little with checkpointing.
 
     Args:
-        model: as large as it is at that time; its `backbone.checkpoint_activations` and frozen parameters count.
+        model: as large as it is at that time; its `backbone.checkpoint_activations`, frozen parameters and layers that
+            `recompute_scores` count.
         batch_size: sequences of a batch on each device.
         seq_len: tokens of a sequence.
         precision: Lightning's name.
@@ -157,13 +158,16 @@ def _block(block: Block, rotary: bool, T: int, wide: int, narrow: int, parts: in
     kept = 2 * T * (D * wide + 8)  # the norms' inputs, means and deviations
     kept += T * ((5 if rotary else 4) * D * narrow + 4 * attention.num_heads)  # q, k, v, out (rotated: in two layouts)
     widest = readers = 0
+    at_work = 1  # T x N buffers that a backward pass makes
     for layer in (attention.query, attention.key, attention.value, block.ffn, attention.out):
         num_operators = 1
         if isinstance(layer, Pattention):
             counts = [sum(-(-segment.num_tokens // parts) for segment in group) for group in layer.norm_groups()]
             num_operators = len(counts)
+            buffers = 0 if layer.recompute_scores else SCORE_BUFFERS[layer.score_norm]
+            at_work = 2 if layer.recompute_scores else 1
             for N in counts:
-                kept += T * narrow * (SCORE_BUFFERS[layer.score_norm] * N + 1)  # and a factor for each row
+                kept += T * narrow * (buffers * N + 1)  # and a factor for each row
                 kept += mixed * 2 * N * D * narrow  # copies of the tokens
                 widest = max(widest, N)
         elif isinstance(layer, MLP):
@@ -173,7 +177,8 @@ def _block(block: Block, rotary: bool, T: int, wide: int, narrow: int, parts: in
             kept += mixed * D * D * narrow
         readers += 0 if layer is attention.out else num_operators
     kept += readers * T * D * narrow if mixed else 2 * T * D * wide  # the norms' outputs; autocast: a copy per reader
-    return kept, T * widest * narrow + T * D * (wide + (2 + mixed) * narrow) + 2 * widest * D * narrow
+    working = at_work * T * widest * narrow
+    return kept, working + T * D * (wide + (2 + mixed) * narrow) + 2 * widest * D * narrow
 
 
 def _loss(model: TokenFormerLM, T: int, wide: int, narrow: int) -> int:

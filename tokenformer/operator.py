@@ -8,13 +8,15 @@ Shapes: T input tokens, D channels (D_in, D_out), N parameter tokens. Every matr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 ScoreNorm = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 
@@ -23,6 +25,8 @@ WEIGHT_SECOND_MOMENT = {"l2_norm_gelu": 0.425, "gelu_l2_norm": 1.0, "softmax": 1
 
 # Elements of a T x N buffer that the operator takes at a time on the CPU.
 CPU_BLOCK = 2**22
+
+HAS_TRITON = find_spec("triton") is not None  # what is not needed is not imported
 
 
 def default_tau(num_tokens: int, score_norm: ScoreNorm = "l2_norm_gelu") -> float:
@@ -65,17 +69,19 @@ def attend(
     scale: Tensor | float,
     score_norm: ScoreNorm,
     group: ProcessGroup | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """:func:`pattention` to parameter tokens in several segments, which are normalised together.
 
     With a `group` of processes, these are the process's share of the tokens, as many as each other one's, x is the same
-    in all of them, and the result and its gradient for x are what these tokens add.
+    in all of them, and the result and its gradient for x are what these tokens add. With `recompute` (only
+    l2_norm_gelu) no scores are kept for the backward pass, which computes them again: a matrix product more.
     """
     if (dtype := autocast_dtype(x.device)) is None:
-        return _as_given(x, keys, values, scale, score_norm, group)
+        return _as_given(x, keys, values, scale, score_norm, group, recompute)
     with torch.autocast(x.device.type, enabled=False):  # the operator chooses its own precisions
         keys, values = ([tokens.to(dtype) for tokens in segments] for segments in (keys, values))
-        return _as_given(x.to(dtype), keys, values, scale, score_norm, group)
+        return _as_given(x.to(dtype), keys, values, scale, score_norm, group, recompute)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -92,6 +98,7 @@ def _as_given(
     scale: Tensor | float,
     score_norm: ScoreNorm,
     group: ProcessGroup | None,
+    recompute: bool,
 ) -> Tensor:
     if score_norm == "l2_norm_gelu":
         tau = scale if isinstance(scale, Tensor) else torch.full((1,), scale, dtype=torch.float64, device=x.device)
@@ -99,11 +106,17 @@ def _as_given(
         if torch.compiler.is_compiling():  # writing to columns of a buffer would break its graph
             keys, values = [_joined(keys)], [_joined(values)]
         tensors = (x_TD, tau, *keys, *values)
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        out_TD = _L2NormGELU.apply(group, *tensors) if needs_grad else _forward(group, x_TD, tau, keys, values)[0]
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            out_TD = _forward(group, x_TD, tau, keys, values)[0]
+        elif recompute and torch.compiler.is_compiling():  # which would see that the scores are the same, and keep them
+            out_TD = checkpoint(_L2NormGELU.apply, group, False, *tensors, use_reentrant=False)
+        else:
+            out_TD = _L2NormGELU.apply(group, recompute, *tensors)
         return out_TD.view(*x.shape[:-1], out_TD.shape[-1])
     if group is not None:
         raise ValueError(f"score_norm={score_norm!r}: only l2_norm_gelu divides its tokens among devices")
+    if recompute:
+        raise ValueError(f"score_norm={score_norm!r}: only l2_norm_gelu computes its scores again")
     scores = x @ _joined(keys).T  # (..., N)
     if score_norm == "softmax":
         weights = scores.softmax(-1) * scale  # subtracts the row's maximum, so it can't overflow
@@ -134,37 +147,105 @@ def _row_factor(rows: Tensor, scale: Tensor | float, group: ProcessGroup | None 
     return torch.where(norm > 0, scale / torch.where(norm > 0, norm, 1), 0)
 
 
+def _uses_kernels(x: Tensor, group: ProcessGroup | None) -> bool:
+    """Whether Triton kernels do what is done to rows. torch.compile makes its own from torch's functions."""
+    narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return x.is_cuda and HAS_TRITON and narrow and group is None and not torch.compiler.is_compiling()
+
+
+def _empty_scores(x: Tensor, keys: Sequence[Tensor], group: ProcessGroup | None) -> Tensor:
+    """A buffer (T, N)."""
+    N = sum(len(segment) for segment in keys)
+    if _uses_kernels(x, group):
+        from tokenformer.kernels import empty_scores
+
+        return empty_scores(x, N)
+    return x.new_empty(len(x), N)
+
+
 def _forward(
     group: ProcessGroup | None, x: Tensor, tau: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out (T, D_out), z (T, N) the GELU's input, factor (T, 1) = tau / |A|). Allocates one T x N buffer, z."""
-    sizes = [len(segment) for segment in keys]
-    T, N = x.shape[0], sum(sizes)
-    z, out, factor = x.new_empty(T, N), x.new_empty(T, values[0].shape[1]), x.new_empty(T, 1)
-    # On the CPU a block of rows stays in the cache, and its GELU in memory that the allocator hands out again.
-    in_blocks = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    num_blocks = max(1, -(-T * N // CPU_BLOCK)) if in_blocks else 1
-    blocks = (t.tensor_split(num_blocks) for t in (x, z, out, factor))
-    for x_block, z_block, out_block, factor_block in zip(*blocks, strict=True):
-        for segment, scores in zip(keys, z_block.split(sizes, dim=1), strict=True):
-            torch.mm(x_block, segment.T, out=scores)
-        # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU. The clamp keeps
-        # the factor of a tiny row finite in float16.
-        factor_block.copy_(_row_factor(z_block, tau, group).clamp_max(torch.finfo(z.dtype).max))
-        z_block.mul_(factor_block)
-        _sum_of_products(F.gelu(z_block).split(sizes, dim=1), values, out_block)
-    return out, z, factor
+    """(out (T, D_out), kept (T, N), factor (T, 1) = tau / |A|). Allocates one T x N buffer that stays, `kept`.
+
+    It holds the GELU's input z = tau A / |A|, or A where kernels multiply by the factor while they read.
+    """
+    kept = _empty_scores(x, keys, group)
+    out, factor = x.new_empty(len(x), values[0].shape[1]), x.new_empty(len(x), 1)
+    for x_block, scores, out_block, factor_block in _blocks(kept.numel(), x, kept, out, factor):
+        _write_products(x_block, keys, scores)
+        if _uses_kernels(x, group):
+            from tokenformer.kernels import norm_gelu
+
+            weights = norm_gelu(scores, tau, factor_block)
+        else:
+            # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU. The clamp
+            # keeps the factor of a tiny row finite in float16.
+            factor_block.copy_(_row_factor(scores, tau, group).clamp_max(torch.finfo(scores.dtype).max))
+            weights = F.gelu(scores.mul_(factor_block))
+        _sum_of_products(weights, values, out_block)
+    return out, kept, factor
 
 
-def _sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], out: Tensor) -> Tensor:
-    """Write sum_i left_i @ right_i to `out`."""
-    for i, (left, right) in enumerate(zip(lefts, rights, strict=True)):
-        torch.addmm(out, left, right, beta=min(i, 1), out=out)
+def _kept_again(group: ProcessGroup | None, x: Tensor, keys: Sequence[Tensor], factor: Tensor) -> Tensor:
+    """What :func:`_forward` keeps, bit for bit."""
+    kept = _empty_scores(x, keys, group)
+    for x_block, scores, factor_block in _blocks(kept.numel(), x, kept, factor):
+        _write_products(x_block, keys, scores)
+        if not _uses_kernels(x, group):
+            scores.mul_(factor_block)
+    return kept
+
+
+def _blocks(num_scores: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of tensors. On the CPU a block of rows stays in the cache, its GELU in memory that is handed out again."""
+    in_blocks = tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    num_blocks = max(1, -(-num_scores // CPU_BLOCK)) if in_blocks else 1
+    return zip(*(t.tensor_split(num_blocks) for t in tensors), strict=True)
+
+
+def _columns(buffer: Tensor, segments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The columns of a (T, N) buffer that belong to each segment."""
+    return buffer.split([len(segment) for segment in segments], dim=1)
+
+
+def _write_products(left: Tensor, segments: Sequence[Tensor], buffer: Tensor) -> Tensor:
+    """Write left @ segment.T to the columns of each segment."""
+    for segment, columns in zip(segments, _columns(buffer, segments), strict=True):
+        torch.mm(left, segment.T, out=columns)
+    return buffer
+
+
+def _sum_of_products(buffer: Tensor, segments: Sequence[Tensor], out: Tensor) -> Tensor:
+    """Write the sum of columns @ segment to `out`."""
+    for i, (segment, columns) in enumerate(zip(segments, _columns(buffer, segments), strict=True)):
+        torch.addmm(out, columns, segment, beta=min(i, 1), out=out)
     return out
 
 
+def _gradients(
+    buffer: Tensor, right: Tensor, segments: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """columns.T @ right of each segment, where needed."""
+    columns = _columns(buffer, segments)
+    return [c.T @ right if need else None for c, need in zip(columns, needed, strict=True)]
+
+
+def _norm_gelu_backward(grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Turn `grad` (T, N) from dL/dweights to |A| / tau * dL/dA, in place; return r / N (T, 1), at least float32."""
+    torch.ops.aten.gelu_backward.grad_input(grad, z, grad_input=grad)  # dL/dz
+    # r / N as a batch of dot products: no T x N temporary, and dividing by N keeps it in float16's range.
+    zero, num_tokens = grad.new_zeros(()), z.shape[1]
+    r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2)
+    r = r.to(torch.promote_types(z.dtype, torch.float32))
+    if group is not None:
+        distributed.all_reduce(r, group=group)
+    grad.addcmul_(z, (r * (-num_tokens / tau.to(r.dtype) ** 2)).to(z.dtype))
+    return r
+
+
 class _L2NormGELU(torch.autograd.Function):
-    """The fused operator. Keeps one T x N buffer (z) for the backward pass; GELU is computed again from it.
+    """The fused operator. Keeps one T x N buffer for the backward pass, or none: what is kept is computed again then.
 
     Keys and values come in segments, all keys and then all values; each has its columns of that buffer, so that
     nothing is concatenated. Where a group of processes shares the tokens, the squared norm is added up over it, and so
@@ -172,52 +253,55 @@ class _L2NormGELU(torch.autograd.Function):
 
     Backward (paper, App. A): with z = tau A / |A|, g = dL/dz and r = g . z per row,
         dL/dA = (tau / |A|) (g - z r / tau^2),    dL/dtau = sum r / tau.
-    The factor tau / |A| belongs to a row, so it is applied to T x D matrices instead of T x N ones.
+    The factor tau / |A| belongs to a row, so it is applied to T x D matrices instead of T x N ones. Kernels, those of
+    torch.compile too, have it for nothing while they write dL/dA, except in float16, whose range that may leave.
     """
 
     @staticmethod
-    def forward(ctx: Any, group: ProcessGroup | None, x: Tensor, tau: Tensor, *keys_and_values: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, group: ProcessGroup | None, recompute: bool, x: Tensor, tau: Tensor, *keys_and_values: Tensor
+    ) -> Tensor:
         half = len(keys_and_values) // 2
-        out, z, factor = _forward(group, x, tau, keys_and_values[:half], keys_and_values[half:])
+        out, kept, factor = _forward(group, x, tau, keys_and_values[:half], keys_and_values[half:])
         ctx.group = group
-        ctx.save_for_backward(x, tau, z, factor, *keys_and_values)
+        ctx.save_for_backward(x, tau, factor, None if recompute else kept, *keys_and_values)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, tau, z, factor, *keys_and_values = ctx.saved_tensors
+        x, tau, factor, kept, *keys_and_values = ctx.saved_tensors
         half = len(keys_and_values) // 2
         keys, values = keys_and_values[:half], keys_and_values[half:]
-        _, needs_x, needs_tau, *needs_segments = ctx.needs_input_grad
+        _, _, needs_x, needs_tau, *needs_segments = ctx.needs_input_grad
         needs_keys, needs_values = needs_segments[:half], needs_segments[half:]
-        sizes, num_tokens = [len(segment) for segment in keys], z.shape[1]
+        needs_scores = needs_x or needs_tau or any(needs_keys)
+        if kept is None:
+            kept = _kept_again(ctx.group, x, keys, factor)
+        if _uses_kernels(x, ctx.group):
+            from tokenformer.kernels import norm_gelu_backward
+
+            grad = _write_products(grad_out, values, _empty_scores(x, keys, None))  # dL/dweights
+            weights, r, factor = norm_gelu_backward(grad, kept, tau, factor)
+            grad_values = _gradients(weights, grad_out, values, needs_values)
+        else:
+            weights = F.gelu(kept) if any(needs_values) else torch.empty_like(kept)
+            grad_values = _gradients(weights, grad_out, values, needs_values)
+            if needs_scores:
+                grad = _write_products(grad_out, values, weights)  # over the weights
+                r = _norm_gelu_backward(grad, kept, tau, ctx.group)
+                if torch.compiler.is_compiling() and x.dtype != torch.float16:
+                    grad, factor = grad * factor, None
         grad_x = grad_tau = None
         grad_keys: list[Tensor | None] = [None] * half
-        weights = F.gelu(z) if any(needs_values) else torch.empty_like(z)
-        columns = weights.split(sizes, dim=1)  # of the segments
-        grad_values = [c.T @ grad_out if needed else None for c, needed in zip(columns, needs_values, strict=True)]
-        if needs_x or needs_tau or any(needs_keys):
-            for segment, column in zip(values, columns, strict=True):
-                torch.mm(grad_out, segment.T, out=column)
-            grad = weights  # (T, N) dL/dweights, from here on changed in place
-            torch.ops.aten.gelu_backward.grad_input(grad, z, grad_input=grad)  # dL/dz
-            # r / N as a batch of dot products: no T x N temporary, and dividing by N keeps it in float16's range.
-            zero = grad.new_zeros(())
-            r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2)
-            wide = torch.promote_types(z.dtype, torch.float32)
-            r_wide, tau_wide = r.to(wide), tau.to(wide)
-            if ctx.group is not None:
-                distributed.all_reduce(r_wide, group=ctx.group)
-            if needs_tau:
-                grad_tau = (r_wide.sum() * num_tokens / tau_wide).to(tau.dtype).view_as(tau)
-            grad.addcmul_(z, (r_wide * (-num_tokens / tau_wide**2)).to(z.dtype))  # |A| / tau * dL/dA
-            if needs_x:
-                grad_x = _sum_of_products(columns, keys, torch.empty_like(x)).mul_(factor)
-            if any(needs_keys):
-                scaled = x * factor
-                grad_keys = [c.T @ scaled if needed else None for c, needed in zip(columns, needs_keys, strict=True)]
-        return None, grad_x, grad_tau, *grad_keys, *grad_values
+        if needs_tau:
+            grad_tau = (r.sum() * kept.shape[1] / tau.to(r.dtype)).to(tau.dtype).view_as(tau)
+        if needs_x:
+            grad_x = _sum_of_products(grad, keys, torch.empty_like(x))
+            grad_x = grad_x if factor is None else grad_x.mul_(factor)
+        if any(needs_keys):
+            grad_keys = _gradients(grad, x if factor is None else x * factor, keys, needs_keys)
+        return None, None, grad_x, grad_tau, *grad_keys, *grad_values
 
 
 def copy_to_group(x: Tensor, group: ProcessGroup) -> Tensor:

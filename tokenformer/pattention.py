@@ -106,6 +106,10 @@ class Pattention(_HasTau):
         key_std: standard deviation of the normal initialisation of keys.
         value_std: the same for values. Default: the one that gives outputs an RMS of 0.1, whatever N is.
 
+    Attributes:
+        recompute_scores: keep no scores for the backward pass, which computes them again: a matrix product more. Only
+            for l2_norm_gelu.
+
     Raises:
         ValueError: for fewer than one token or an unknown ``score_norm`` or ``scale``.
     """
@@ -132,6 +136,7 @@ class Pattention(_HasTau):
             raise ValueError(f"scale={scale!r}: choose fixed, learned or current")
         self.in_features, self.out_features = in_features, out_features
         self.score_norm: ScoreNorm = score_norm
+        self.recompute_scores = False
         self.scale: TauMode = scale
         self.key_std = key_std
         self.value_std = value_std_for_rms(0.1, num_tokens, score_norm) if value_std is None else value_std
@@ -204,7 +209,7 @@ class Pattention(_HasTau):
             x = copy_to_group(x.to(autocast_dtype(x.device) or x.dtype), group)
         out = None
         for keys, values, scale in operators:
-            added = attend(x, keys, values, scale, self.score_norm, group)
+            added = attend(x, keys, values, scale, self.score_norm, group, self.recompute_scores)
             out = added if out is None else out + added
         assert out is not None
         return out if group is None else sum_over_group(out, group)

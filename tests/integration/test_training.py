@@ -270,6 +270,7 @@ def test_recomputing_activations_and_accumulating_change_nothing(corpus, tmp_pat
         "plain": ["--data.batch_size=8"],
         "accumulated": ["--data.batch_size=4", "--trainer.accumulate_grad_batches=2"],
         "recomputed": ["--data.batch_size=8", "--model.checkpoint_activations=true"],
+        "scores recomputed": ["--data.batch_size=8", "--model.recompute_scores=true"],
     }.items():
         config = write_config(tmp_path, corpus)
         more = ["--trainer.precision=64-true", "--trainer.max_steps=4", "--trainer.log_every_n_steps=1"]
@@ -277,7 +278,7 @@ def test_recomputing_activations_and_accumulating_change_nothing(corpus, tmp_pat
         losses[name] = [loss for _, loss in rows(tmp_path / name, "train/loss")]
     assert len(losses["plain"]) == 4
     assert losses["accumulated"] == pytest.approx(losses["plain"], abs=1e-6)
-    assert losses["recomputed"] == losses["plain"]
+    assert losses["recomputed"] == losses["scores recomputed"] == losses["plain"]
 
 
 def test_prepare_only_tokenizes(corpus, tmp_path, monkeypatch):
@@ -289,6 +290,7 @@ def test_prepare_only_tokenizes(corpus, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+RECOMPUTE = ["--model.recompute_scores=true"]
 BAD = [
     (["--data.source", "no/such.txt"], ValueError, "no such file"),
     (["--data.seq_len", "100000"], ValueError, "data.seq_len=100000 needs at least 100001"),
@@ -298,6 +300,9 @@ BAD = [
     (["--model.config.vocab_size", "100"], ValueError, "vocab_size=100: leave it out, it is the tokenizer's"),
     (["--data.seq_len", "64", "--model.config.max_seq_len", "32"], ValueError, "data.seq_len=64 is longer than"),
     (["--model.optim.lr", "0"], ValueError, "optim.lr=0"),
+    ([*RECOMPUTE, "--model.checkpoint_activations=true"], ValueError, "model.checkpoint_activations=true.*choose one"),
+    ([*RECOMPUTE, "--model.config.baseline=width"], ValueError, "config.baseline='width' has no scores"),
+    ([*RECOMPUTE, "--model.config.score_norm=softmax"], ValueError, "config.score_norm=l2_norm_gelu, not softmax"),
     (["--trainer.callbacks=EMA", "--trainer.precision=bf16-true"], ValueError, "use bf16-mixed"),
     (["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"], ValueError, "trainer.max_steps=-1"),
     (["--ckpt_path", "nowhere.ckpt"], ValueError, "ckpt_path=nowhere.ckpt: no such file"),

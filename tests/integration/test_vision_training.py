@@ -17,11 +17,14 @@ from torch.nn import functional as F
 
 from datamodules.images import ImageDataModule
 from lit_modules.cli import main
+from lit_modules.language import LanguageModule
+from lit_modules.optim import OptimConfig
 from lit_modules.vision import VisionModule
 from tests.integration.growing import checkpoint_of, difference, fit
 from tests.integration.processes import run_in_processes
 from tests.integration.test_training import rows
-from tokenformer import TokenFormerViT
+from tokenformer import LMConfig, TokenFormerViT, ViTConfig
+from tokenformer.growth import pattention_layers
 
 GROWTH = {"class_path": "GrowParameterTokens", "init_args": {"stages": [{"at_step": 6, "factor": 2.0}]}}
 TINY = {
@@ -277,6 +280,16 @@ def test_a_file_grows_and_trains_on(trained, images, tmp_path):
     assert rows(tmp_path / "run", "train/loss")[0][0] == 3
 
 
+@pytest.mark.parametrize(("kind", "config"), [(VisionModule, ViTConfig), (LanguageModule, LMConfig)])
+def test_recompute_scores_reaches_every_layer(kind, config):
+    for on in (True, False):
+        module = kind(config(depth=2, dim=32, num_heads=2), OptimConfig(), recompute_scores=on)
+        module.configure_model()
+        layers = pattention_layers(module.model).values()
+        assert len(layers) == 10
+        assert all(layer.recompute_scores == on for layer in layers)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -284,6 +297,7 @@ def test_a_file_grows_and_trains_on(trained, images, tmp_path):
         (["--model.timm_model=test_vit", "--model.timm_args={foo: 1}"], "foo"),
         (["--data.image_size=20"], "data.image_size=20 is not a whole number of patches"),
         (["--model.label_smoothing=1.5"], "label_smoothing=1.5"),
+        (["--model.timm_model=test_vit", "--model.recompute_scores=true"], "test_vit has no scores"),
         (["--model.config.in_channels=1"], "in_channels=1"),
         (["--model.timm_model=test_vit", "--data.image_size=32"], "set both"),
         (["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=3"], "val_check_interval=3"),

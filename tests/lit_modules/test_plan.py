@@ -126,13 +126,14 @@ def test_without_growth_there_is_one_row_and_nothing_to_compare():
     assert row.phase.num_params == LMConfig(**TINY, baseline="width").num_params()
 
 
-def test_checkpointing_shows_in_the_activations():
-    plain, checkpointed = (
-        plan_rows(module(checkpoint_activations=on), SimpleNamespace(batch_size=64, seq_len=16), run_of(), 1)[0].ddp
+@pytest.mark.parametrize("option", ["checkpoint_activations", "recompute_scores"])
+def test_what_is_computed_again_is_not_in_the_activations(option):
+    plain, less = (
+        plan_rows(module(**{option: on}), SimpleNamespace(batch_size=64, seq_len=16), run_of(), 1)[0].ddp
         for on in (False, True)
     )
-    assert checkpointed.activations < 0.9 * plain.activations
-    assert checkpointed.weights == plain.weights
+    assert less.activations < 0.9 * plain.activations
+    assert less.weights == plain.weights
 
 
 def test_table_is_aligned_and_says_what_is_not_known():

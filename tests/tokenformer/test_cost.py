@@ -134,6 +134,18 @@ def test_activations_of_other_score_norms(score_norm):
     assert activation_bytes(model, B * T, "32-true") == pytest.approx(measured_activations(model), rel=0.03)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", ["small", "many tokens", "grown"])
+def test_activations_when_scores_are_computed_again(name, precision):
+    config, growths = MODELS[name]
+    model = build(config, precision, growths=growths)
+    kept = activation_bytes(model, B * T, precision)
+    model.backbone.recompute_scores()
+    expected = activation_bytes(model, B * T, precision)
+    assert expected < 0.8 * kept
+    assert expected == pytest.approx(measured_activations(model, precision), rel=0.03)
+
+
 def test_autocast_keeps_its_copies_of_linear_weights_while_checkpointing():
     model = build({"baseline": "width", "depth": 16}, checkpointing=True)
     measured = measured_activations(model, "bf16-mixed", batch_size=2)

@@ -1,6 +1,7 @@
 """The operator and the layer against the released implementation, and at their edges."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -166,8 +167,8 @@ def test_autocast_runs_in_its_precision_and_gives_wide_gradients(dtype):
         assert (tensor.grad - grad).norm() / grad.norm() < 2e-2
 
 
-def test_keeps_one_buffer_for_the_backward_pass():
-    x, keys, values = random_inputs(T=200, D_in=8, N=300, D_out=8)
+def kept_bytes(function, inputs):
+    """The output, and what autograd keeps besides the inputs."""
     saved = {}
 
     def pack(tensor):
@@ -175,11 +176,58 @@ def test_keeps_one_buffer_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = pattention(x, keys, values)
-    own = sum(size for pointer, size in saved.items() if pointer not in {t.data_ptr() for t in (x, keys, values)})
+        out = function(*inputs)
+    return out, sum(size for pointer, size in saved.items() if pointer not in {t.data_ptr() for t in inputs})
+
+
+def in_segments(x, *tokens, recompute):
+    half = len(tokens) // 2
+    return attend(x, list(tokens[:half]), list(tokens[half:]), 2.0, "l2_norm_gelu", recompute=recompute)
+
+
+recomputing, keeping = (partial(in_segments, recompute=recompute) for recompute in (True, False))
+
+
+def test_keeps_one_buffer_for_the_backward_pass():
+    out, kept = kept_bytes(pattention, random_inputs(T=200, D_in=8, N=300, D_out=8))
     one_buffer = 200 * 300 * 4
-    assert one_buffer <= own <= one_buffer + 200 * 4 + 64
+    assert one_buffer <= kept <= one_buffer + 200 * 4 + 64
     assert out.requires_grad
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_recomputed_scores_are_not_kept_and_give_the_same_bits(monkeypatch, dtype, segments):
+    monkeypatch.setattr(tokenformer.operator, "CPU_BLOCK", 70 * 300)
+    x, *tokens = random_inputs(dtype, T=200, D_in=64, N=300, D_out=64)
+    tokens = [part.detach().requires_grad_() for t in tokens for part in t.tensor_split(segments)]
+    out, kept = kept_bytes(recomputing, (x, *tokens))
+    assert kept <= 200 * dtype.itemsize + 64  # a factor for each row, and tau
+    expected = keeping(x, *tokens)
+    assert torch.equal(out, expected)
+    grads = (torch.autograd.grad(o.square().sum(), (x, *tokens)) for o in (out, expected))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_compiled_scores_are_recomputed_too():
+    inputs = random_inputs(T=200, D_in=8, N=300, D_out=8)
+    one_buffer, found = 200 * 300 * 4, {}
+    for function in (recomputing, keeping):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager_decomp_partition")
+        out, kept = kept_bytes(compiled, inputs)
+        found[function] = kept / one_buffer, torch.autograd.grad(out.square().sum(), inputs)
+    assert found[recomputing][0] < 0.01
+    assert 1 <= found[keeping][0] < 1.01
+    for a, b in zip(found[recomputing][1], found[keeping][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gelu_l2_norm", "softmax"])
+def test_other_norms_keep_their_scores(kind):
+    layer = Pattention(4, 4, 8, score_norm=kind)
+    layer.recompute_scores = True
+    with pytest.raises(ValueError, match=f"'{kind}': only l2_norm_gelu computes its scores again"):
+        layer(torch.randn(2, 4))
 
 
 def test_backward_twice_gives_the_same_gradients():

@@ -1,0 +1,157 @@
+"""The Triton kernels against torch's functions; :mod:`tests.tokenformer.test_kernels` runs these tests in a process."""
+
+import os
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import tokenformer.operator as operator_module
+from tokenformer import Pattention
+from tokenformer.growth import append_tokens
+from tokenformer.kernels import norm_gelu, norm_gelu_backward
+from tokenformer.operator import attend
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+# Relative errors against float64. Triton's interpreter cuts off where it goes to bfloat16; a GPU rounds.
+ERROR = {torch.float32: 2e-6, torch.bfloat16: 2.5e-2, torch.float16: 2e-3}
+
+
+def use_kernels(monkeypatch, on=True):
+    monkeypatch.setattr(operator_module, "_uses_kernels", lambda x, group: on)
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
+
+
+def error(mine, right):
+    return (mine.double() - right).norm() / right.norm()
+
+
+def row_of(N, seed):
+    """A row (1, N) in a sheet: NaN up to the next multiple of 16, between rows of sevens."""
+    sheet = torch.full((3, -(-N // 16) * 16), 7.0, device=DEVICE)
+    sheet[1] = torch.nan
+    sheet[1, :N] = numbers(N, seed=seed).float()
+    return sheet, sheet[1:2, :N]
+
+
+@pytest.mark.parametrize("N", [1, 511, 512, 576, 2140, 34480])
+def test_one_row_is_that_of_torch_and_no_other_is_touched(N):
+    sheet, scores = row_of(N, seed=0)
+    tau = torch.tensor([0.7 * N**0.5], dtype=torch.float64, device=DEVICE)
+    factor, before = scores.new_empty(1, 1), sheet.clone()
+    weights = norm_gelu(scores, tau, factor)
+    assert torch.equal(sheet.nan_to_num(), before.nan_to_num())
+    assert weights.stride() == scores.stride() == (sheet.shape[1], 1)
+    A = scores.double().requires_grad_()
+    wide = tau.requires_grad_()
+    z = wide * A / A.norm()
+    right = F.gelu(z)
+    assert error(factor, wide / A.norm()) < 1e-6
+    assert error(weights, right) < 1e-6
+    grads, grad = row_of(N, seed=1)
+    dA, dtau = torch.autograd.grad(right, (A, wide), grad.double())
+    weights, r, left = norm_gelu_backward(grad, scores, tau, factor)
+    assert error(weights, right) < 1e-6
+    assert torch.allclose(r.double().sum() * N / tau, dtau, rtol=1e-5)
+    assert left is None
+    assert (grad - dA).norm() < 1e-6 * grad.norm() + 1e-6  # N = 1: nothing is left
+    assert (grads[::2] == 7).all()
+
+
+def inputs(dtype, sizes, T=5, D=16, scale=1.0):
+    """x with a row of zeros, tau, keys and values in segments; made in float64, so that all dtypes have the same."""
+    x = scale * numbers(T, D)
+    x[1] = 0
+    N = sum(sizes)
+    tau = torch.tensor([1.3 * N**0.5], dtype=torch.float64, device=DEVICE)
+    parts = [part for i in (1, 2) for part in numbers(N, D, seed=i).split(sizes)]
+    return [t.to(dtype).detach().requires_grad_() for t in (x, *parts)] + [tau.requires_grad_()]
+
+
+def results(tensors, wanted=None, recompute=False):
+    """Output and gradients of those that are wanted, by default all."""
+    x, *parts, tau = tensors
+    half = len(parts) // 2
+    out = attend(x, parts[:half], parts[half:], tau, "l2_norm_gelu", None, recompute)
+    grad_out = numbers(*out.shape, seed=3)
+    return [out, *torch.autograd.grad(out, wanted or tensors, grad_out.to(out.dtype), retain_graph=True)]
+
+
+@pytest.mark.parametrize("sizes", [(576,), (700, 1300), (30, 513, 1)])
+@pytest.mark.parametrize("dtype", ERROR)
+def test_operator_is_that_of_torch(monkeypatch, dtype, sizes):
+    tensors = inputs(dtype, sizes)
+    use_kernels(monkeypatch, on=False)
+    right = results([t.detach().double().requires_grad_() for t in tensors])
+    torchs = results(tensors)
+    use_kernels(monkeypatch)
+    mine = results(tensors)
+    assert (mine[0][1] == 0).all()
+    for a, b, c in zip(mine, right, torchs, strict=True):
+        assert a.dtype == c.dtype
+        assert error(a, b) < ERROR[dtype]
+
+
+def test_backward_twice_recomputed_and_in_part(monkeypatch):
+    """Bit for bit: nothing that is kept is changed, and what is not wanted changes nothing."""
+    use_kernels(monkeypatch)
+    tensors = inputs(torch.float32, (30, 513))
+    first, again = results(tensors), results(tensors, recompute=True)
+    out, *grads = first
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    grad_out = numbers(*out.shape, seed=3).float()
+    for _ in range(2):
+        once_more = torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(grads, once_more, strict=True))
+    for i in range(len(tensors)):
+        frozen = [t.detach().requires_grad_(i == j) for j, t in enumerate(tensors)]
+        assert torch.equal(results(frozen, [frozen[i]])[1], grads[i])
+
+
+def test_a_factor_beyond_float16_is_cut_to_its_range(monkeypatch):
+    use_kernels(monkeypatch)
+    x, keys, values, tau = inputs(torch.float16, (2000,), scale=1e-6)
+    out, grad_keys, grad_values = results([x, keys, values, tau], [keys, values])
+    assert 1.3 * 2000**0.5 / (x @ keys.T).double().norm(dim=1)[0] > torch.finfo(torch.float16).max
+    assert all(t.isfinite().all() for t in (out, grad_keys, grad_values))
+    assert (out[0] != 0).any()
+    assert (out[1] == 0).all()
+
+
+def test_r_beyond_float16(monkeypatch):
+    """With values near 1 and a gradient of 8, r is about 128 * 0.5 * N."""
+    tensors = inputs(torch.float16, (2000,))
+    tensors[2] = (1 + 0.1 * tensors[2]).detach().requires_grad_()
+    found = []
+    for on, like in ((True, tensors), (False, [t.detach().double().requires_grad_() for t in tensors])):
+        use_kernels(monkeypatch, on)
+        x, keys, values, tau = like
+        out = attend(x, [keys], [values], tau, "l2_norm_gelu")
+        found.append(torch.autograd.grad(out, like, torch.full_like(out, 8)))
+    r = found[1][3] * tensors[3] / 4  # of the four rows that are not zero
+    assert r > torch.finfo(torch.float16).max
+    for mine, right in zip(*found, strict=True):
+        assert error(mine, right) < ERROR[torch.float16]
+
+
+def test_layer_with_a_shared_norm_and_norms_of_their_own(monkeypatch):
+    torch.manual_seed(0)
+    layer = Pattention(16, 12, num_tokens=40, scale="learned")
+    append_tokens(layer, 30, "random")
+    append_tokens(layer, 20, "segment_norm")
+    torch.nn.init.normal_(layer.segments[2].values)
+    layer.to(DEVICE)
+    x = numbers(3, 5, 16).float()
+    both = []
+    for on in (True, False):
+        use_kernels(monkeypatch, on)
+        layer.zero_grad()
+        out = layer(x)
+        out.square().sum().backward()
+        both.append([out, *(p.grad for p in layer.parameters())])
+    for mine, right in zip(*both, strict=True):
+        assert error(mine, right.double()) < 1e-5

@@ -1,0 +1,133 @@
+"""Triton kernels over rows of scores (T, N), norm and GELU. T input tokens, N parameter tokens.
+
+Passes over a buffer of T x N elements in a GPU's memory, beside the matrix products:
+
+             these kernels                     an MLP's GELU
+    forward  1 read (A), 1 write (weights)     1 read, 1 write
+    backward 2 reads (A, dL/dweights),         2 reads, 1 write
+             2 writes (dL/dA, weights)
+
+The one more is the price of keeping A alone, where the MLP keeps both sides of its GELU. Norms belong to whole rows, so
+each row is read a second time, by the program that has just read it: from the cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SQRT_HALF = tl.constexpr(0.5**0.5)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+
+
+def empty_scores(like: Tensor, N: int) -> Tensor:
+    """A buffer (T, N) for the T rows of `like`. Rows begin at multiples of 16 elements: wide loads and stores."""
+    return like.new_empty(len(like), -(-N // 16) * 16)[:, :N]
+
+
+def norm_gelu(scores: Tensor, tau: Tensor, factor: Tensor) -> Tensor:
+    """Weights gelu(tau A / |A|) of scores A (T, N). Writes tau / |A|, 0 for a zero row, to `factor` (T, 1).
+
+    All (T, N) here are from :func:`empty_scores`.
+    """
+    weights = empty_scores(scores, scores.shape[1])
+    with torch.cuda.device_of(scores):
+        _norm_gelu[(len(scores),)](
+            scores, tau, weights, factor, *_row(scores), torch.finfo(scores.dtype).max, **_tiles(scores)
+        )
+    return weights
+
+
+def norm_gelu_backward(
+    grad: Tensor, scores: Tensor, tau: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Turn `grad` (T, N) from dL/dweights to dL/dA, in place.
+
+    Args:
+        grad: the gradient of what :func:`norm_gelu` returned.
+        scores: A, which it had and left.
+        tau: as it had it.
+        factor: what it wrote.
+
+    Returns:
+        The weights again (T, N); r / N (T, 1) in float32, where r is the dot product of z = tau A / |A| and dL/dz; what
+        rows are still to be multiplied by: `factor` in float16, whose range dL/dA may leave, else None.
+    """
+    outside = scores.dtype == torch.float16
+    weights = empty_scores(scores, scores.shape[1])
+    r = torch.empty_like(factor, dtype=torch.float32)
+    with torch.cuda.device_of(scores):
+        _norm_gelu_backward[(len(scores),)](
+            grad, scores, tau, factor, weights, r, *_row(scores), outside, **_tiles(scores)
+        )
+    return weights, r, factor if outside else None
+
+
+def _row(scores: Tensor) -> tuple[int, int]:
+    """N, and elements from one row to the next."""
+    return scores.shape[1], scores.stride(0)
+
+
+def _tiles(scores: Tensor) -> dict[str, int]:
+    """A row in a few tiles, eight elements a thread. The longer the rows, the fewer at a time: they share a cache."""
+    tile = min(max(triton.next_power_of_2(scores.shape[1]) // 4, 512), 8192)
+    return {"TILE": tile, "num_warps": tile // 256}
+
+
+@triton.jit
+def _norm_gelu(scores, tau, weights, factor, N, stride, LARGEST, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # T x N may be more than 2^31
+    scores += row * stride
+    weights += row * stride
+    squares = tl.zeros([TILE], tl.float32)
+    for start in range(0, N, TILE):
+        columns = start + tl.arange(0, TILE)
+        a = tl.load(scores + columns, mask=columns < stride, eviction_policy="evict_last").to(tl.float32)
+        squares += tl.where(columns < N, a * a, 0)  # behind N is anything
+    norm = tl.sqrt(tl.sum(squares))
+    # The clamp keeps the factor of a tiny row finite in float16.
+    by = tl.minimum(tl.load(tau).to(tl.float32) / tl.where(norm > 0, norm, 1), LARGEST)
+    by = tl.where(norm > 0, by, 0).to(factor.dtype.element_ty)
+    tl.store(factor + row, by)
+    for start in range(0, N, TILE):
+        columns = start + tl.arange(0, TILE)
+        a = tl.load(scores + columns, mask=columns < stride, eviction_policy="evict_first").to(tl.float32)
+        z = a * by.to(tl.float32)
+        tl.store(weights + columns, z * _normal_cdf(z), mask=columns < stride)
+
+
+@triton.jit
+def _norm_gelu_backward(grad, scores, tau, factor, weights, r, N, stride, OUTSIDE: tl.constexpr, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    grad += row * stride
+    scores += row * stride
+    weights += row * stride
+    by = tl.load(factor + row).to(tl.float32)
+    dots = tl.zeros([TILE], tl.float32)
+    for start in range(0, N, TILE):
+        columns = start + tl.arange(0, TILE)
+        inside = columns < stride
+        z = by * tl.load(scores + columns, mask=inside, eviction_policy="evict_last").to(tl.float32)
+        g = tl.load(grad + columns, mask=inside).to(tl.float32)
+        cdf = _normal_cdf(z)
+        g *= cdf + z * INV_SQRT_2PI * tl.exp(-0.5 * z * z)
+        dots += tl.where(columns < N, g * z, 0)
+        tl.store(grad + columns, g, mask=inside, eviction_policy="evict_last")  # dL/dz: erf costs more than a write
+        tl.store(weights + columns, z * cdf, mask=inside)
+    dot = tl.sum(dots)
+    tl.store(r + row, dot / N)
+    scale = tl.load(tau).to(tl.float32)
+    along = by * dot / (scale * scale)
+    last = 1.0 if OUTSIDE else by
+    tl.debug_barrier()  # what one thread has written another may read
+    for start in range(0, N, TILE):
+        columns = start + tl.arange(0, TILE)
+        inside = columns < stride
+        a = tl.load(scores + columns, mask=inside, eviction_policy="evict_first").to(tl.float32)
+        g = tl.load(grad + columns, mask=inside, eviction_policy="evict_first").to(tl.float32)
+        tl.store(grad + columns, last * (g - along * a), mask=inside)
+
+
+@triton.jit
+def _normal_cdf(z):
+    return 0.5 + 0.5 * tl.erf(z * SQRT_HALF)
