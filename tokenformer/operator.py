@@ -122,7 +122,10 @@ def _as_given(
         weights = scores.softmax(-1) * scale  # subtracts the row's maximum, so it can't overflow
     else:
         weights = F.gelu(scores)
-        weights = weights * _row_factor(weights, scale)
+        norm = _norm(weights)
+        scale = scale.to(norm.dtype) if isinstance(scale, Tensor) else scale
+        factor = torch.where(norm > 0, scale / torch.where(norm > 0, norm, 1), 0)  # without a NaN in its gradient
+        weights = weights * factor
     joined = _joined(values)
     return weights.to(joined.dtype) @ joined
 
@@ -131,11 +134,8 @@ def _joined(segments: list[Tensor]) -> Tensor:
     return segments[0] if len(segments) == 1 else torch.cat(segments)
 
 
-def _row_factor(rows: Tensor, scale: Tensor | float, group: ProcessGroup | None = None) -> Tensor:
-    """Return tau / |row|, shape (..., 1), at least float32; 0 (not infinite) where a row is all zero.
-
-    With a `group`, its processes have different columns of the rows.
-    """
+def _norm(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """|row|, shape (..., 1), at least float32. With a `group`, its processes have different columns of the rows."""
     wide = torch.promote_types(rows.dtype, torch.float32)
     # On the CPU a wide norm of bfloat16 copies all rows to float32 first; its own kernel sums in float32 anyway.
     sum_in = None if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" else wide
@@ -143,8 +143,7 @@ def _row_factor(rows: Tensor, scale: Tensor | float, group: ProcessGroup | None 
     if group is not None:
         distributed.all_reduce(norm.square_(), group=group)
         norm.sqrt_()
-    scale = scale.to(wide) if isinstance(scale, Tensor) else scale
-    return torch.where(norm > 0, scale / torch.where(norm > 0, norm, 1), 0)
+    return norm
 
 
 def _uses_kernels(x: Tensor, group: ProcessGroup | None) -> bool:
@@ -179,9 +178,11 @@ def _forward(
 
             weights = norm_gelu(scores, tau, factor_block)
         else:
+            norm = _norm(scores, group)
+            wide_factor = (tau.to(norm.dtype) / norm).masked_fill_(norm == 0, 0)
             # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU. The clamp
             # keeps the factor of a tiny row finite in float16.
-            factor_block.copy_(_row_factor(scores, tau, group).clamp_max(torch.finfo(scores.dtype).max))
+            factor_block.copy_(wide_factor.clamp_max_(torch.finfo(scores.dtype).max))
             weights = F.gelu(scores.mul_(factor_block))
         _sum_of_products(weights, values, out_block)
     return out, kept, factor
@@ -200,13 +201,14 @@ def _kept_again(group: ProcessGroup | None, x: Tensor, keys: Sequence[Tensor], f
 def _blocks(num_scores: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of tensors. On the CPU a block of rows stays in the cache, its GELU in memory that is handed out again."""
     in_blocks = tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
-    num_blocks = max(1, -(-num_scores // CPU_BLOCK)) if in_blocks else 1
-    return zip(*(t.tensor_split(num_blocks) for t in tensors), strict=True)
+    if not in_blocks or num_scores <= CPU_BLOCK:
+        return iter([tensors])
+    return zip(*(t.tensor_split(-(-num_scores // CPU_BLOCK)) for t in tensors), strict=True)
 
 
 def _columns(buffer: Tensor, segments: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The columns of a (T, N) buffer that belong to each segment."""
-    return buffer.split([len(segment) for segment in segments], dim=1)
+    return (buffer,) if len(segments) == 1 else buffer.split([len(segment) for segment in segments], dim=1)
 
 
 def _write_products(left: Tensor, segments: Sequence[Tensor], buffer: Tensor) -> Tensor:
