@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG := configs/language/quickstart.yaml
 
-.PHONY: help setup quickstart quickstart-vision test lint types bench clean
+.PHONY: help setup quickstart quickstart-vision test lint types bench bench-check clean
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "also: make lint | types | bench | clean"
+	@echo "also: make lint | types | bench | bench-check | clean"
 
 setup: .venv/done
 .venv/done: pyproject.toml constraints.txt
@@ -33,10 +33,10 @@ types: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m benchmarks.operator
-	$(BIN)/python -m benchmarks.training
-	$(BIN)/python -m benchmarks.growth
-	$(BIN)/python -m benchmarks.images
+	$(BIN)/python -m benchmarks
+
+bench-check: setup
+	$(BIN)/python -m benchmarks --check
 
 clean:
 	rm -rf .venv runs data *.egg-info

@@ -6,12 +6,12 @@ The growth is the published step 124M -> 354M (12 blocks of 768 channels, 576/23
 state there. The steps are forward, backward and AdamW of 2 such blocks at 2140/8560 tokens, 16 sequences of 128 a step.
 """
 
-import argparse
+import statistics
 import time
 
 import torch
 
-from benchmarks.harness import ratio, time_in_turn, write_csv
+from benchmarks.harness import Case, Measured, benchmark, round_ratios, time_in_turn
 from lit_modules.optim import OptimConfig, adamw, param_groups, regroup
 from tokenformer import LMConfig, TokenFormerLM, grow
 
@@ -24,7 +24,19 @@ GROWN = {
     "2 segments, norms of their own": ([1.0], "pairs"),
     "3 segments, norms of their own": ([0.5, 1.0], "pairs"),
 }
-GOAL = 0.97
+GROWTH = ("seconds of the growth 124M -> 354M", "5 s")
+KINDS = ("zero_keys", "segment_norm", "pairs")
+
+
+def steps_after(name: str) -> tuple[str, str]:
+    """What is measured of models that have grown, against what."""
+    return f"speed of steps after growth, {name}", "built at its size"
+
+
+CASES = [Case(init, {GROWTH: "<= 5.0"}, {"init": init}) for init in KINDS]
+CASES += [
+    Case("2 blocks, 2140/8560 tokens, 16 x 128 a step", {steps_after(name): ">= 0.97" for name in GROWN}, quick=True)
+]
 
 
 def seconds_of_growth(init: str) -> float:
@@ -71,25 +83,14 @@ def trainees() -> dict[str, Trainee]:
     return found
 
 
-def main() -> None:
-    """Print the table and write benchmarks/results/growth.csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    rows: list[dict[str, object]] = []
-    for init in ("zero_keys", "segment_norm", "pairs"):
-        best = sorted(seconds_of_growth(init) for _ in range(3))[1]
-        rows.append({"what": f"growth 124M -> 354M, {init}", "seconds": f"{best:.2f}"})
-        print(f"growth 124M -> 354M, {init:<14} {best:.2f} s (median of 3)", flush=True)
-    seconds = time_in_turn(dict(trainees()), args.rounds)
-    for name in GROWN:
-        slower, lowest, highest = ratio(seconds, name, "built at its size")
-        speed = {"speed": f"{1 / slower:.3f}", "lowest": f"{1 / highest:.3f}", "highest": f"{1 / lowest:.3f}"}
-        rows.append({"what": f"steps, {name}", "seconds": f"{sorted(seconds[name])[args.rounds // 2]:.2f}"} | speed)
-        reached = "reached" if 1 / slower >= GOAL else "not reached"
-        print(f"{name:<32} speed over built: {1 / slower:.3f} ({1 / highest:.3f}-{1 / lowest:.3f}), {GOAL} {reached}")
-    print(f"rows in {write_csv('growth', [dict.fromkeys(rows[-1], '') | row for row in rows])}")
+def measure(device: str, rounds: int, init: str | None = None) -> Measured:
+    """A kind of growth itself, or the steps after all of them."""
+    if init is not None:
+        return {GROWTH: [seconds_of_growth(init) for _ in range(3)]}, {}
+    seconds = time_in_turn(dict(trainees()), rounds)
+    slowest = {f"{name.replace(',', '')} s": f"{statistics.median(found):.2f}" for name, found in seconds.items()}
+    return {steps_after(name): round_ratios(seconds, "built at its size", name) for name in GROWN}, slowest
 
 
 if __name__ == "__main__":
-    main()
+    benchmark("growth", CASES, measure, rounds=7)

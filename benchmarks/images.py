@@ -1,16 +1,18 @@
 """ImageDataModule against timm's own loader: decode and augment 224x224 images, the ImageNet recipe.
 
-    python -m benchmarks.images [--images ../shared/data/images/imagenet-100-samples/val] [--rounds 9]
+    python -m benchmarks.images [--rounds 9]
 
-One row for loading in the training process and one for a worker: images per second of one core, and the ratio of ours
-to timm's (median of the rounds, lowest and highest). Both read the same files with the same transform.
+One row for loading in the training process and one for a worker: images per second of one core, ours over timm's. Both
+read the same files with the same transform: those of the folder of class folders that the environment variable
+BENCHMARK_IMAGES names, by default ../shared/data/images/imagenet-100-samples/val.
 """
 
-import argparse
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,15 @@ from typing import Any
 import torch
 from timm.data import create_dataset, create_loader
 
-from benchmarks.harness import ratio, write_csv
+from benchmarks.harness import ROOT, Case, Measured, Unavailable, benchmark, in_turn, round_ratios
 from datamodules.images import ImageDataModule
 
-ROOT = Path(__file__).parents[1]
+IMAGES = Path(os.environ.get("BENCHMARK_IMAGES", ROOT.parent / "shared/data/images/imagenet-100-samples/val"))
+SPEED = ("images/s decoded and augmented", "timm's loader")
+CASES = [
+    Case(f"{workers} workers, batches of 20, 1 thread", {SPEED: ">= 0.95"}, {"num_workers": workers})
+    for workers in (0, 1)
+]
 
 
 def endless(loader: Any) -> Iterator[Any]:
@@ -55,51 +62,31 @@ def seconds_of(batches: Iterator[Any], count: int) -> float:
     return time.perf_counter() - start
 
 
-def measure(folder: Path, num_workers: int, batch_size: int, batches: int, rounds: int) -> dict[str, object]:
+def measure(
+    num_workers: int, device: str, rounds: int, images: Path = IMAGES, batch_size: int = 20, batches: int = 5
+) -> Measured:
     """Take turns, ours and timm's, each with its worker alive."""
-    data = ImageDataModule(
-        str(folder),
-        batch_size=batch_size,
-        rand_augment="rand-m9-mstd0.5-inc1",
-        random_erasing=0.25,
-        num_workers=num_workers,
-    )
-    streams = {"ours": endless(data.train_dataloader()), "timm": timms(data, folder / "train")}
-    seconds: dict[str, list[float]] = {name: [] for name in streams}
-    for measured in range(rounds + 1):  # the first warms up
-        for name, stream in streams.items():
-            taken = seconds_of(stream, batches)
-            if measured:
-                seconds[name].append(taken)
-    speeds = {
-        f"{name}_images_per_s": f"{batches * batch_size / statistics.median(taken):.1f}"
-        for name, taken in seconds.items()
-    }
-    median, low, high = ratio(seconds, "timm", "ours")
-    settings: dict[str, object] = {"num_workers": num_workers, "batch_size": batch_size, "rounds": rounds}
-    return settings | speeds | {"speed_ratio": f"{median:.3f}", "range": f"{low:.3f}-{high:.3f}"}
-
-
-def main() -> None:
-    """Run the comparison and write benchmarks/results/images.csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    images = ROOT.parent / "shared/data/images/imagenet-100-samples/val"
-    parser.add_argument("--images", type=Path, default=images, help="a folder of class folders")
-    parser.add_argument("--batch-size", type=int, default=20)
-    parser.add_argument("--batches", type=int, default=5, help="of a round")
-    parser.add_argument("--rounds", type=int, default=9)
-    args = parser.parse_args()
+    if not images.is_dir():
+        raise Unavailable(f"needs a folder of class folders with images, there is none at {images}: BENCHMARK_IMAGES")
     torch.set_num_threads(1)
-    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for split in ("train", "val"):
-            (folder / split).symlink_to(args.images.resolve())
-        for num_workers in (0, 1):
-            rows.append(measure(folder, num_workers, args.batch_size, args.batches, args.rounds))
-            print(*(f"{key} {value}" for key, value in rows[-1].items()), sep="  ")
-    print(f"rows in {write_csv('images', rows)}")
+            (folder / split).symlink_to(images.resolve())
+        data = ImageDataModule(
+            str(folder),
+            batch_size=batch_size,
+            rand_augment="rand-m9-mstd0.5-inc1",
+            random_erasing=0.25,
+            num_workers=num_workers,
+        )
+        streams = {"ours": endless(data.train_dataloader()), "timm": timms(data, folder / "train")}
+        taking = {name: partial(seconds_of, stream, batches) for name, stream in streams.items()}
+        seconds = in_turn(taking, rounds)
+    count = batches * batch_size
+    speeds = {f"{who}_images_per_s": f"{count / statistics.median(taken):.1f}" for who, taken in seconds.items()}
+    return {SPEED: round_ratios(seconds, "timm", "ours")}, dict(speeds)
 
 
 if __name__ == "__main__":
-    main()
+    benchmark("images", CASES, measure, rounds=9)

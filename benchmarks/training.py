@@ -1,60 +1,122 @@
-"""Training tokens/s of the quickstart model, at its last size, against its Transformer twin; both through the CLI.
+"""Training a language model through `tokenformer fit`, against a bare loop of the same model and against a plain GPT.
 
-    python -m benchmarks.training [--steps 60] [--rounds 5]
+    python -m benchmarks.training [--rounds 5] [--device cpu]
 
-The two take turns; a run's figure is the median of its log, without the first entry. Validation is off.
+Tokens/s of a short run, without its first line of the log; the bare loops have their batches in memory. The GPT has as
+many parameters. Text and tokenizer: the standard library. On a GPU compiled and in bf16-mixed, with the MFU.
 """
 
-import argparse
-import csv
 import statistics
-import tempfile
-from pathlib import Path
+from dataclasses import replace
 
-from benchmarks.harness import write_csv
-from lit_modules.cli import main as tokenformer
+from benchmarks.gpt import GPT
+from benchmarks.harness import Case, Measured, benchmark, in_turn, round_ratios
+from benchmarks.loops import Loop, batches_in_memory, fit, fit_arguments, speed, text
+from tokenformer import LMConfig, TokenFormerLM
 
-CONFIGS = {"tokenformer": "quickstart", "transformer": "quickstart-transformer"}
-
-
-def tokens_per_second(config: str, steps: int, folder: str) -> float:
-    """Median speed of a short run."""
-    run_dir = Path(tempfile.mkdtemp(dir=folder))
-    length = [f"--trainer.max_steps={steps}", "--model.optim.warmup_steps=5", "--trainer.limit_val_batches=0"]
-    quiet = [
-        "--trainer.callbacks=null",
-        "--trainer.enable_progress_bar=false",
-        f"--checkpoint.every_n_train_steps={steps}",
-    ]
-    size = [f"--model.config.{name}" for name in ("qkv_tokens=128", "proj_tokens=128", "ffn_tokens=512")]
-    path = f"configs/language/{config}.yaml"
-    tokenformer(["fit", "--config", path, "--run_dir", str(run_dir / "run"), *size, *length, *quiet])
-    with (run_dir / "run" / "metrics.csv").open(newline="") as file:
-        speeds = [float(row["train/tokens_per_second"]) for row in csv.DictReader(file)]
-    return statistics.median(speeds[1:])
+FIT = "training tokens/s of `tokenformer fit`"
+BARE, PLAIN_GPT, TWIN, MFU = (FIT, "bare loop"), (FIT, "plain GPT"), (FIT, "its Transformer twin"), ("MFU", "peak")
 
 
-def main() -> None:
-    """Run the comparison and write benchmarks/results/training.csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    speeds: dict[str, list[float]] = {name: [] for name in CONFIGS}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(args.rounds):
-            for name, config in CONFIGS.items():
-                speeds[name].append(tokens_per_second(config, args.steps, folder))
-    ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
-    rows: list[dict[str, object]] = [
-        {"round": i, **{name: f"{values[i]:.0f}" for name, values in speeds.items()}, "ratio": f"{ratios[i]:.3f}"}
-        for i in range(args.rounds)
-    ]
-    for name, values in speeds.items():
-        print(f"{name:<12} {statistics.median(values):,.0f} tokens/s")
-    print(f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
-    print(f"rows in {write_csv('training', rows)}")
+def sizes(depth: int, dim: int, num_heads: int, tokens: int, ffn_tokens: int) -> dict[str, int]:
+    """Of a TokenFormer."""
+    names = ("depth", "dim", "num_heads", "qkv_tokens", "proj_tokens", "ffn_tokens")
+    return dict(zip(names, (depth, dim, num_heads, tokens, tokens, ffn_tokens), strict=True))
+
+
+SMALL = sizes(4, 384, 6, 288, 1152)
+CPU_GOALS = {BARE: ">= 0.97", PLAIN_GPT: ">= 0.95", TWIN: ""}
+GPU_GOALS = {BARE: ">= 0.97", PLAIN_GPT: ">= 1.0"}
+
+
+def gpu_case(name: str, size: dict[str, int], gpt: tuple[int, int, int, int], batch_size: int, mfu: str) -> Case:
+    """A published size, T 1024."""
+    text_size = {"seq_len": 1024, "batch_size": batch_size, "vocab_size": 50304}
+    return Case(
+        f"{name}, T 1024, bf16, compiled",
+        GPU_GOALS | {MFU: mfu},
+        {"size": size, "gpt": gpt, "text_size": text_size, "steps": 40},
+        device="cuda",
+    )
+
+
+CASES = [
+    Case(
+        "quickstart's last size: 4 x 128, T 128, 2048 tokens a step, float32",
+        CPU_GOALS,
+        {
+            "size": sizes(4, 128, 4, 128, 512),
+            "gpt": (4, 128, 4, 768),
+            "text_size": {"seq_len": 128, "batch_size": 16, "vocab_size": 257},
+            "steps": 20,
+        },
+        quick=True,
+    ),
+    Case(
+        "4 x 384, T 256, 2048 tokens a step, vocabulary 8192, float32",
+        CPU_GOALS,
+        {
+            "size": SMALL,
+            "gpt": (4, 384, 6, 1536),
+            "text_size": {"seq_len": 256, "batch_size": 8, "vocab_size": 8192},
+            "steps": 8,
+        },
+    ),
+    gpu_case("124M", sizes(12, 768, 12, 576, 2304), (12, 768, 12, 3072), 32, ">= 0.45"),
+    gpu_case("354M", sizes(12, 768, 12, 2140, 8560), (24, 1024, 16, 4096), 16, ""),
+    gpu_case("757M", sizes(12, 768, 12, 4850, 19400), (24, 1536, 16, 6144), 8, ">= 0.55"),
+]
+
+
+def measure(
+    size: dict[str, int],
+    gpt: tuple[int, int, int, int],
+    text_size: dict[str, int],
+    steps: int,
+    device: str,
+    rounds: int,
+) -> Measured:
+    """Take turns: fit, bare loop, GPT, and on the CPU the twin through fit."""
+    on_gpu = device == "cuda"
+    precision = "bf16-mixed" if on_gpu else "32-true"
+    data = text(**text_size)
+    config = LMConfig(**size, max_seq_len=data.seq_len, vocab_size=data.vocab_size)  # type: ignore[arg-type]
+    batches = batches_in_memory(data, 8, device)
+    log_every = steps // 4
+    settings = {"trainer.accelerator": device, "trainer.precision": precision, "model.compile": str(on_gpu).lower()}
+    mfus: list[float] = []
+
+    def through_fit(model: LMConfig) -> float:
+        log = fit(fit_arguments(model, data, steps + log_every, log_every, **settings))
+        mfus.append(statistics.median(line.get("train/mfu", 0.0) for line in log[1:]))
+        return speed(log)
+
+    ours = TokenFormerLM(config).to(device)
+    theirs = GPT(data.vocab_size, data.seq_len, *gpt).to(device)
+    params = {"params": ours.num_params(), "gpt_params": sum(p.numel() for p in theirs.parameters())}
+    if on_gpu:
+        for block in ours.backbone.blocks:
+            block.compile()
+        theirs.compile()
+    ours_loop = Loop(ours, ours.loss, batches, precision)
+    their_loop = Loop(theirs, theirs, batches, precision)
+    contenders = {
+        "fit": lambda: through_fit(config),
+        "bare": lambda: ours_loop.samples_per_second(steps, data.tokens_per_batch),
+        "gpt": lambda: their_loop.samples_per_second(steps, data.tokens_per_batch),
+    }
+    pairs = {BARE: "bare", PLAIN_GPT: "gpt"}
+    if not on_gpu:
+        contenders["twin"] = lambda: through_fit(replace(config, baseline="parameters"))
+        pairs[TWIN] = "twin"
+    speeds = in_turn(contenders, rounds)
+    ratios = {pair: round_ratios(speeds, "fit", peer) for pair, peer in pairs.items()}
+    if on_gpu:
+        ratios[MFU] = mfus[1:]  # without the warm-up's
+    return ratios, params | {
+        f"{name}_tokens_per_s": f"{statistics.median(found):.0f}" for name, found in speeds.items()
+    }
 
 
 if __name__ == "__main__":
-    main()
+    benchmark("training", CASES, measure, rounds=5)

@@ -51,7 +51,10 @@ class _WhenTimmIsImported:
         if name != "timm":
             return None
         sys.meta_path.remove(cls)  # type: ignore[arg-type]
-        spec: Any = importlib.util.find_spec(name)
+        try:
+            spec: Any = importlib.util.find_spec(name)
+        finally:  # it may only have been asked whether timm is there
+            sys.meta_path.insert(0, cls)  # type: ignore[arg-type]
         if spec is not None:
             run = spec.loader.exec_module
 
