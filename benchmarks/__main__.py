@@ -20,7 +20,7 @@ from benchmarks.harness import RESULTS, ROOT, Row, key, read_rows
 
 NAMES = ("operator", "memory", "training", "context", "vit", "generation", "data", "optimizer", "start", "scaling")
 NAMES += ("growth", "images")
-CHECKED = ("memory", "training", "context", "vit", "generation", "data", "optimizer", "start", "growth")
+CHECKED = ("operator", "memory", "training", "context", "vit", "generation", "data", "optimizer", "start", "growth")
 
 
 def run(name: str, *arguments: str) -> None:

@@ -1,9 +1,8 @@
 """The fused Pattention operator against an MLP of its shape and against the straightforward transcription.
 
-    python -m benchmarks.operator [--shapes 768x3072 ...] [--tokens 512] [--rounds 7] [--device cpu]
+    python -m benchmarks.operator [--device cpu] [--rounds 5]
 
-One row a shape, a precision, and eager or compiled: forward+backward time ratios (median of the rounds, lowest and
-highest), and what each keeps for the backward pass besides its inputs, in buffers of T x N.
+Forward+backward, eager and compiled, and what each keeps for the backward pass besides its inputs, in buffers of T x N.
 """
 
 import sys
@@ -11,7 +10,6 @@ import sys
 if not __package__:  # run by its path: this folder, where operator.py hides the standard library's, must not be on it
     sys.path[0] += "/.."
 
-import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -21,15 +19,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import ratio, time_in_turn, write_csv
+from benchmarks.harness import Case, Measured, benchmark, round_ratios, time_in_turn
 from tokenformer import pattention
 from tokenformer.operator import attend, default_tau
 
-# D x N: feed-forward layers of the published 150M, 450M and 1.5B, and the smallest and largest layer that grew.
-SHAPES = ("768x576", "768x3072", "1024x4096", "1536x6144", "768x34480")
-TOKENS = {"cpu": 512, "cuda": 32768}
+# T, D, N: feed-forward layers of the published 150M, 450M and 1.5B, and the smallest and largest layer that grew.
+SHAPES = {
+    "cpu": [(1024, 768, 576), (1024, 768, 3072), (1024, 1024, 4096), (1024, 1536, 6144), (512, 768, 34480)],
+    "cuda": [(32768, 768, 576), (32768, 768, 3072), (32768, 1024, 4096), (32768, 1536, 6144), (16384, 768, 34480)],
+}
 # Steps between two looks at the clock: a GPU's are short beside a launch.
 REPEATS = {"cpu": 1, "cuda": 5}
+GOALS = {("cpu", "eager"): "<= 1.05", ("cpu", "compiled"): "<= 1.0", ("cuda", "eager"): "<= 1.10"}
+MLP, TRANSCRIPTION = "MLP", "transcription"
+
+
+def case(device: str, shape: tuple[int, int, int], dtype: str, mode: str) -> Case:
+    """Two rows: against the MLP, and against the transcription."""
+    T, D, N = shape
+    what = f"operator, {mode}"
+    goals = {(what, MLP): GOALS.get((device, mode), "<= 1.10"), (what, TRANSCRIPTION): "<= 0.8"}
+    arguments = {"shape": shape, "dtype": dtype, "mode": mode}
+    quick = device == "cpu" and mode == "eager" and (D, N) == (768, 3072)
+    return Case(f"T {T}, D {D}, N {N}, {dtype}", goals, arguments, device, quick)
+
+
+CASES = [
+    case(device, shape, dtype, mode)
+    for device, mode in product(SHAPES, ("eager", "compiled"))
+    for shape, dtype in product(SHAPES[device], ("float32", "bfloat16"))
+]
 
 
 def transcription(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -50,10 +69,10 @@ def recomputing(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 CONTENDERS: dict[str, Callable[..., Tensor]] = {
-    "fused": pattention,
+    "operator": pattention,
     "recomputing": recomputing,
-    "mlp": mlp,
-    "transcription": transcription,
+    MLP: mlp,
+    TRANSCRIPTION: transcription,
 }
 
 
@@ -78,49 +97,30 @@ def saved_bytes(function: Callable[..., Tensor], *inputs: Tensor) -> int:
     return sum(size for pointer, size in storages.items() if pointer not in mine)
 
 
-def compare(shape: str, dtype: torch.dtype, compiled: bool, args: argparse.Namespace) -> dict[str, object]:
-    """A row of the table."""
-    T, (D, N) = args.tokens, map(int, shape.split("x"))
+def measure(shape: tuple[int, int, int], dtype: str, mode: str, device: str, rounds: int) -> Measured:
+    """Time ratios; milliseconds and kept buffers of each contender."""
+    T, D, N = shape
     torch.manual_seed(0)
-    factory = {"device": args.device, "dtype": dtype}
+    factory = {"device": device, "dtype": getattr(torch, dtype)}
     x = torch.randn(T, D, **factory).requires_grad_()
     keys = torch.randn(N, D, **factory).mul_(0.02).requires_grad_()
     values = torch.randn(N, D, **factory).mul_(0.02).requires_grad_()
     grad_out = torch.randn(T, D, **factory)
-
     inputs, contenders = (x, keys, values), CONTENDERS
-    if compiled:
+    if mode == "compiled":
         torch.compiler.reset()  # it gives up on a function that it has compiled for too many shapes
         contenders = {name: torch.compile(function, dynamic=False) for name, function in CONTENDERS.items()}
-    repeats = REPEATS[args.device]
+    repeats = REPEATS[device]
     calls = {name: partial(steps, function, inputs, grad_out, repeats) for name, function in contenders.items()}
-    seconds = time_in_turn(calls, args.rounds)
-    mode = "compiled" if compiled else "eager"
-    row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "mode": mode, "T": T, "D": D, "N": N}
-    for peer in ("mlp", "transcription"):
-        median, low, high = ratio(seconds, "fused", peer)
-        row |= {f"time_ratio_{peer}": f"{median:.3f}", f"range_{peer}": f"{low:.3f}-{high:.3f}"}
+    seconds = time_in_turn(calls, rounds)
+    what = f"operator, {mode}"
+    ratios = {(what, peer): round_ratios(seconds, "operator", peer) for peer in (MLP, TRANSCRIPTION)}
+    columns: dict[str, object] = {}
     for name, function in contenders.items():
-        row[f"{name}_ms"] = f"{1e3 * statistics.median(seconds[name]) / repeats:.2f}"
-        row[f"{name}_saved"] = f"{saved_bytes(function, *inputs) / (T * N * dtype.itemsize):.2f}"
-    return row
-
-
-def main() -> None:
-    """Run the comparison and write benchmarks/results/operator.csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="DxN", help="channels x parameter tokens")
-    parser.add_argument("--tokens", type=int, help="T, input tokens; default: 512 on the CPU, 32768 on a GPU")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", choices=REPEATS, default="cpu")
-    args = parser.parse_args()
-    args.tokens = args.tokens or TOKENS[args.device]
-    rows = []
-    for shape, dtype, compiled in product(args.shapes, (torch.float32, torch.bfloat16), (False, True)):
-        rows.append(compare(shape, dtype, compiled, args))
-        print(*(f"{key} {value}" for key, value in rows[-1].items()), sep="  ", flush=True)
-    print(f"rows in {write_csv('operator', rows)}")
+        columns[f"{name}_ms"] = f"{1e3 * statistics.median(seconds[name]) / repeats:.2f}"
+        columns[f"{name}_saved"] = f"{saved_bytes(function, *inputs) / (T * N * x.itemsize):.2f}"
+    return ratios, columns
 
 
 if __name__ == "__main__":
-    main()
+    benchmark("operator", CASES, measure, rounds=5)
