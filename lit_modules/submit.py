@@ -74,7 +74,10 @@ def main(args: list[str]) -> None:
         raise ValueError("there is no sbatch here: submit on a cluster's login node; --dry-run prints the script only")
     if folder.exists():
         raise ValueError(f"--run_dir {folder} exists: choose another, or go on with it by sbatch {folder}/job.sh")
-    (folder / "logs").mkdir(parents=True)
+    try:
+        (folder / "logs").mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"--run_dir {folder}: can't be written to ({error.strerror})") from error
     (folder / "job.sh").write_text(script)
     header = f"# tokenformer submit {shlex.join(args)}\n"
     (folder / "submitted.yaml").write_text(header + cli._parser("fit").dump(config, skip_none=False))
