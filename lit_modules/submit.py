@@ -64,8 +64,15 @@ def main(args: list[str]) -> None:
     check_request(config.trainer, asked.nodes, tasks, asked.gpus_per_node)
     config.trainer.devices, config.trainer.num_nodes = tasks, asked.nodes
     config.name = config.name or Path(asked.config[0]).stem
+    if config.run_dir or config.ckpt_path:
+        raise ValueError(
+            "run_dir and ckpt_path are the job's own: give --run_dir to submit (before `--`), no ckpt_path"
+        )
     folder = asked.run_dir or Path(config.trainer.default_root_dir or "runs") / config.name / new_name()
-    config.run_dir = config.ckpt_path = None
+    if odd := set(str(folder)) & set("%\\'\"\n"):
+        raise ValueError(
+            f"--run_dir {folder}: Slurm takes {' '.join(sorted(odd))} in the path of a log for its own signs"
+        )
     script = job_script(asked, config.name, tasks, folder)
     if asked.dry_run:
         print(script, end="")
@@ -121,6 +128,12 @@ def check_request(trainer: Any, nodes: int, tasks: int, gpus: int) -> None:
         raise ValueError(
             f"--nodes {nodes} x {option} {tasks} is several devices, trainer.strategy={strategy} is for one: "
             "add `-- --trainer.strategy ddp` (or fsdp2)"
+        )
+    group = getattr(trainer.strategy, "init_args", {}).get("tensor_parallel_size", 1)
+    if nodes * tasks % group:
+        raise ValueError(
+            f"--nodes {nodes} x {option} {tasks} is {nodes * tasks} devices, which can't be divided into groups of "
+            f"trainer.strategy.tensor_parallel_size={group}: ask for a multiple"
         )
     if gpus and trainer.accelerator == "cpu":
         raise ValueError(
