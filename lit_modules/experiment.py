@@ -17,7 +17,6 @@ import lightning
 from jsonargparse import Namespace, set_parsing_settings
 from lightning import LightningDataModule, LightningModule
 from lightning.fabric.utilities.rank_zero import _get_rank
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
@@ -41,6 +40,7 @@ from lit_modules.callbacks import (
     TokenPredictions,
     Watch,
 )
+from lit_modules.callbacks.checkpoint import RunCheckpoint
 from lit_modules.callbacks.watch import follow
 from lit_modules.checkpoint_files import AtomicCheckpointIO, newest_whole, remove_leftovers
 from lit_modules.errors import RunError, explain
@@ -148,7 +148,7 @@ class ExperimentCLI(LightningCLI):
         parser.add_argument("--name", type=str | None, help="of the experiment (default: the first config file's)")
         parser.add_argument("--run_dir", type=str | None, help="the run's folder (default: runs/NAME/DATE-TIME-RANDOM)")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
-        parser.add_lightning_class_args(ModelCheckpoint, "best")
+        parser.add_lightning_class_args(RunCheckpoint, "best")
         parser.add_lightning_class_args(NonFinite, "nonfinite")
         parser.set_defaults(
             {
@@ -158,10 +158,12 @@ class ExperimentCLI(LightningCLI):
                 "checkpoint.monitor": "step",
                 "checkpoint.mode": "max",
                 "checkpoint.save_top_k": 2,
+                "checkpoint.enable_version_counter": False,  # a damaged one is replaced
                 "best.filename": "best-step-{step:08d}",
                 "best.auto_insert_metric_name": False,
                 "best.monitor": "val/loss",
                 "best.mode": "min",
+                "best.enable_version_counter": False,
             }
         )
         for size in ("vocab_size", "num_classes"):  # of the tokenizer, of the images
@@ -188,8 +190,11 @@ class ExperimentCLI(LightningCLI):
         if RUN_DIR not in os.environ:
             run_dir, checkpoint = _settle(self.config.subcommand, config)
             if _get_rank() in (None, 0):  # the others, where a launcher started them, hear of it from Lightning
-                run_dir.mkdir(parents=True, exist_ok=True)
-                self.held_locks.append(RunLock(run_dir))
+                try:
+                    run_dir.mkdir(parents=True, exist_ok=True)
+                    self.held_locks.append(RunLock(run_dir))
+                except OSError as error:
+                    raise ValueError(f"run_dir={run_dir}: can't be written to ({error.strerror})") from error
                 remove_leftovers(run_dir / "checkpoints")
             os.environ |= {RUN_DIR: str(run_dir), CKPT_PATH: str(checkpoint or ""), FIRST_PROCESS: str(os.getpid())}
         self._run_dir = os.environ[RUN_DIR]
@@ -236,7 +241,8 @@ class ExperimentCLI(LightningCLI):
         config.callbacks = [Preemption(run_dir, os.environ[CKPT_PATH]), *_as_list(config.callbacks), *always]
         for key in ("checkpoint", "best"):
             callback = self._get(self.config_init, key)
-            callback.dirpath = callback.dirpath or os.path.join(run_dir, "checkpoints")
+            # Absolute: where a checkpoint has another name of this folder, they would forget what they saved there.
+            callback.dirpath = callback.dirpath or os.path.join(os.path.realpath(run_dir), "checkpoints")
         return super().instantiate_trainer(**kwargs)
 
 

@@ -90,11 +90,15 @@ class FSDP2(ModelParallelStrategy):
             shard_segments(module, self.device_mesh)
 
     def reshard(self) -> None:
-        """Give back what a forward pass without a backward pass has left gathered."""
+        """Give back what a forward pass has left gathered that no backward pass gives back."""
         for module in self._modules():
             for part in module.modules():
                 if isinstance(part, FSDPModule):
                     part.reshard()
+
+    def post_backward(self, closure_loss: torch.Tensor) -> None:
+        """Give back frozen segments: nothing of a backward pass reaches them."""
+        self.reshard()
 
     def state_dict_of(self, module: nn.Module, sharded: bool | None = None) -> dict[str, Any]:
         """The state of a sharded module; whole, on the first process only, if checkpoints are."""

@@ -64,8 +64,15 @@ def main(args: list[str]) -> None:
     check_request(config.trainer, asked.nodes, tasks, asked.gpus_per_node)
     config.trainer.devices, config.trainer.num_nodes = tasks, asked.nodes
     config.name = config.name or Path(asked.config[0]).stem
+    if config.run_dir or config.ckpt_path:
+        raise ValueError(
+            "run_dir and ckpt_path are the job's own: give --run_dir to submit (before `--`), no ckpt_path"
+        )
     folder = asked.run_dir or Path(config.trainer.default_root_dir or "runs") / config.name / new_name()
-    config.run_dir = config.ckpt_path = None
+    if odd := set(str(folder)) & set("%\\'\"\n"):
+        raise ValueError(
+            f"--run_dir {folder}: Slurm takes {' '.join(sorted(odd))} in the path of a log for its own signs"
+        )
     script = job_script(asked, config.name, tasks, folder)
     if asked.dry_run:
         print(script, end="")
@@ -74,7 +81,10 @@ def main(args: list[str]) -> None:
         raise ValueError("there is no sbatch here: submit on a cluster's login node; --dry-run prints the script only")
     if folder.exists():
         raise ValueError(f"--run_dir {folder} exists: choose another, or go on with it by sbatch {folder}/job.sh")
-    (folder / "logs").mkdir(parents=True)
+    try:
+        (folder / "logs").mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"--run_dir {folder}: can't be written to ({error.strerror})") from error
     (folder / "job.sh").write_text(script)
     header = f"# tokenformer submit {shlex.join(args)}\n"
     (folder / "submitted.yaml").write_text(header + cli._parser("fit").dump(config, skip_none=False))
@@ -118,6 +128,12 @@ def check_request(trainer: Any, nodes: int, tasks: int, gpus: int) -> None:
         raise ValueError(
             f"--nodes {nodes} x {option} {tasks} is several devices, trainer.strategy={strategy} is for one: "
             "add `-- --trainer.strategy ddp` (or fsdp2)"
+        )
+    group = getattr(trainer.strategy, "init_args", {}).get("tensor_parallel_size", 1)
+    if nodes * tasks % group:
+        raise ValueError(
+            f"--nodes {nodes} x {option} {tasks} is {nodes * tasks} devices, which can't be divided into groups of "
+            f"trainer.strategy.tensor_parallel_size={group}: ask for a multiple"
         )
     if gpus and trainer.accelerator == "cpu":
         raise ValueError(

@@ -1,6 +1,7 @@
-"""When checkpoints are saved."""
+"""When checkpoints are saved, and which are kept."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -10,10 +11,22 @@ from lit_modules.checkpoint_files import AtomicCheckpointIO
 from lit_modules.errors import RunError
 
 
-class Checkpoint(ModelCheckpoint):
-    """ModelCheckpoint that also saves at the last step, and after the validation of a step instead of before it.
+class RunCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint that keeps as many as it is told to, however often the run is resumed.
 
-    So a run that is killed while it validates makes that validation again, and its log has it.
+    ModelCheckpoint would keep each one that a run has been resumed from too.
+    """
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        assert self.dirpath is not None
+        return previous != current and Path(self.dirpath).absolute() in Path(previous).absolute().parents
+
+
+class Checkpoint(RunCheckpoint):
+    """Also saves at the last step, and after the validation of a step instead of before it.
+
+    So a run that is killed while it validates makes that validation again, and its log has it. The last step is also
+    one at which the trainer was told to stop: its time is up (`trainer.max_time`), or a metric no longer gets better.
 
     Args:
         asynchronous: write checkpoints while the training goes on, from a copy in the host's memory; `best` too.
@@ -67,7 +80,8 @@ class Checkpoint(ModelCheckpoint):
         Not by ModelCheckpoint, which at the end of an epoch waits for a validation whether one comes or not (2.6).
         """
         every, step = self._every_n_train_steps, trainer.global_step
-        due = self.asked or (every > 0 and step % every == 0) or step == trainer.max_steps or self._time_is_up(trainer)
+        last = step == trainer.max_steps or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+        due = self.asked or last or (every > 0 and step % every == 0) or self._time_is_up(trainer)
         between = trainer.fit_loop.epoch_loop._should_accumulate()
         if due and not between and not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)

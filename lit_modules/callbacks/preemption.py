@@ -86,7 +86,9 @@ class Preemption(Callback):
         trainer.strategy.barrier()
         if self._stopping == signal.SIGUSR1 and trainer.is_global_zero:
             Path(self.run_dir, "requeue").touch()
-        rank_zero_info(f"{signal.Signals(self._stopping).name}: saved and stopped after step {trainer.global_step}")
+        failed = getattr(trainer.strategy.checkpoint_io, "failure", None)  # of the first process, which writes
+        what = f"stopped, NOT saved ({failed})," if failed else "saved and stopped"
+        rank_zero_info(f"{signal.Signals(self._stopping).name}: {what} after step {trainer.global_step}")
         trainer.strategy.barrier()  # the first to end may be taken for a failure, and the others be killed
         raise SystemExit(preemption.EXIT_CODES[signal.Signals(self._stopping)])
 

@@ -126,7 +126,7 @@ TWO = {
     ),
     "fsdp2, bf16-true": ([*FSDP2, *SAMPLE, "--trainer.precision=bf16-true"], {}),
     "fsdp2, EMA, old ones slowly": ([*FSDP2, *EMA], {"old_lr_scale": 0.3}),
-    "fsdp2, only the new": ([*FSDP2, "--model.config.scale=learned"], {"train": "new", "init": "pairs"}),
+    "fsdp2, EMA, only the new": ([*FSDP2, *EMA, "--model.config.scale=learned"], {"train": "new", "init": "pairs"}),
     "fsdp2, full": (FULL, {}),
     "fsdp2, full, EMA": ([*FULL, *EMA], {}),
     "fsdp2, full, only the new": (FULL, {"train": "new"}),

@@ -1,7 +1,9 @@
 """A run that is told to stop saves at the end of a step; what starts again in its folder goes on from there."""
 
+import errno
 import multiprocessing
 import os
+import re
 import signal
 import time
 from types import SimpleNamespace
@@ -46,6 +48,17 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, name, code):
     ends = [torch.load(run / "checkpoints/step-00000008.ckpt", weights_only=True) for run in (whole, stopped)]
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
         assert_same(ends[0][key], ends[1][key], key)
+
+
+def test_a_disk_that_refuses_the_checkpoint_is_not_called_saved(corpus, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lit_modules.checkpoint_files.write_checkpoint", full)
+    config = write_config(tmp_path, corpus)
+    with pytest.raises(SystemExit), pytest.warns(UserWarning, match="could not be written"), caplog.at_level("INFO"):
+        main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), *told_at(2, "SIGTERM")])
+    assert re.search(r"SIGTERM: stopped, NOT saved \(checkpoint .*No space.*after step 3", caplog.text)
 
 
 def test_told_at_its_last_step_a_run_ends_as_always(corpus, tmp_path):

@@ -166,3 +166,34 @@ def test_a_truncated_checkpoint_that_was_asked_for_is_named(finished, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="step-00000008.ckpt.*truncated.*`last` takes the newest whole one"):
         main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "new"), "--ckpt_path", str(path)])
+
+
+def test_a_resumed_run_keeps_no_more_checkpoints_than_any_other(corpus, tmp_path, monkeypatch):
+    """Not the one that it went on from, nor a damaged one, nor those of a folder that was named in another way."""
+    config = write_config(tmp_path, corpus, checkpoint={"every_n_train_steps": 2})
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    command = ["fit", "--config", str(config), "--ckpt_path=auto", "--model.optim.schedule=constant", "--run_dir"]
+    saved = []
+    good = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]  # at the first validation
+    good += ["--trainer.callbacks.stopping_threshold=100", "--trainer.val_check_interval=1"]
+    for folder, *options in (
+        ("run", *good),
+        ("run", "--trainer.max_steps=4"),
+        (str(run), "--trainer.max_steps=8"),
+    ):
+        main([*command, folder, *options])
+        saved.append({path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith("best")})
+        for path in (run / "checkpoints").glob("*4.ckpt"):
+            path.write_bytes(b"half")
+    assert saved == [{f"step-0000000{step}.ckpt" for step in steps} for steps in ((1,), (2, 4), (6, 8))]
+    assert [path.name for path in (run / "checkpoints").glob("best*")] == ["best-step-00000008.ckpt"]
+
+
+@pytest.mark.parametrize("command", ["fit", "submit"])
+def test_a_run_folder_that_cant_be_made_is_named(corpus, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    config = write_config(tmp_path, corpus)
+    time = ["--time=1"] if command == "submit" else []
+    with pytest.raises(ValueError, match=r"run_dir.*tiny.yaml/run: can't be written to \(Not a directory\)"):
+        main([command, "--config", str(config), *time, "--run_dir", str(config / "run")])

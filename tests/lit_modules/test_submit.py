@@ -81,6 +81,26 @@ def test_contradictions_are_named_with_the_fix():
         check_request(SimpleNamespace(**right | agreed), 2, 8, 8)
 
 
+@pytest.mark.parametrize("odd", ["100%j", "a'b", 'a"b', "a\\b"])
+def test_a_folder_with_signs_of_slurm_in_its_name_is_refused(odd):
+    """The job failed without a log (Slurm 22.05)."""
+    with pytest.raises(ValueError, match="--run_dir .*: Slurm takes . in the path of a log"):
+        main(["submit", "--config", str(CONFIG), "--time", "1", "--dry-run", "--run_dir", odd])
+
+
+@pytest.mark.parametrize("override", ["--run_dir=elsewhere", "--ckpt_path=last"])
+def test_a_folder_or_checkpoint_among_the_overrides_is_not_ignored(override):
+    with pytest.raises(ValueError, match="run_dir and ckpt_path are the job's own"):
+        main(["submit", "--config", str(CONFIG), "--time", "1", "--dry-run", "--", override])
+
+
+def test_devices_that_cant_be_divided_into_groups_are_refused():
+    strategy = [f"--config={ROOT}/configs/strategy/fsdp2-tensor-parallel.yaml", "--time=1", "--dry-run"]
+    with pytest.raises(ValueError, match="3 devices, which can't be divided into groups of .*tensor_parallel_size=2"):
+        main(["submit", "--config", str(CONFIG), *strategy, "--nodes=3", "--gpus-per-node=1"])
+    main(["submit", "--config", str(CONFIG), *strategy, "--nodes=3", "--gpus-per-node=2"])
+
+
 def test_a_wrong_key_is_an_error_before_anything_is_submitted(capsys):
     with pytest.raises(SystemExit):
         main(["submit", "--config", str(CONFIG), "--time", "1", "--dry-run", "--", "--trainer.max_stepz=3"])
