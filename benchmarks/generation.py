@@ -19,6 +19,7 @@ CACHED = "tokens/s with the KV cache"
 TWIN, UNCACHED = (CACHED, "its Transformer twin"), (CACHED, "without the cache")
 LINEAR = ("time with the KV cache", "2 x half the length")
 SMALL = {"depth": 4, "dim": 256, "num_heads": 4, "qkv_tokens": 192, "proj_tokens": 192, "ffn_tokens": 768}
+WIDE = {"depth": 4, "dim": 1024, "num_heads": 16, "qkv_tokens": 768, "proj_tokens": 768, "ffn_tokens": 3072}
 PUBLISHED = {"depth": 12, "dim": 768, "num_heads": 12, "qkv_tokens": 576, "proj_tokens": 576, "ffn_tokens": 2304}
 PROMPT = 8
 
@@ -36,6 +37,7 @@ def case(name: str, sizes: dict[str, int], batch_size: int, length: int, device:
 
 CASES = [case("4 x 256", SMALL, 1, length, "cpu", length == 128) for length in (128, 256, 512)]
 CASES += [case("4 x 256", SMALL, 16, length, "cpu", length == 64) for length in (64, 128)]
+CASES += [case("4 x 1024", WIDE, batch, 32, "cpu") for batch in (1, 16)]
 CASES += [case("124M", PUBLISHED, batch, length, "cuda") for batch in (1, 16) for length in (256, 512, 1024)]
 
 
