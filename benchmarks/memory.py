@@ -14,15 +14,15 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import Case, Measured, benchmark
+from benchmarks.operator import MLP, TRANSCRIPTION, mlp, transcription
 from tokenformer import LMConfig, TokenFormerLM, pattention
 
 OPERATOR, MODEL = "peak memory of the operator", "peak memory of a model's step"
 RECOMPUTING = f"{MODEL}, recompute_scores"
-TRANSCRIPTION, MLP, TWIN = "transcription", "MLP", "its Transformer twin"
+TWIN = "its Transformer twin"
 SMALL = {"depth": 4, "dim": 384, "num_heads": 6, "qkv_tokens": 288, "proj_tokens": 288, "ffn_tokens": 1152}
 PUBLISHED = {"depth": 12, "dim": 768, "num_heads": 12, "qkv_tokens": 576, "proj_tokens": 576, "ffn_tokens": 2304}
 
@@ -74,18 +74,6 @@ def peak(run: Callable[[], object], device: str) -> int:
             live += event.nbytes()
             most = max(most, live)
     return most
-
-
-def transcription(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Paper, eq. 5, line by line."""
-    scores = x @ keys.T
-    scores = scores / scores.norm(dim=-1, keepdim=True) * keys.shape[0] ** 0.5
-    return F.gelu(scores) @ values
-
-
-def mlp(x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The same two matrix products with a GELU between."""
-    return F.gelu(x @ keys.T) @ values
 
 
 def operator_step(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> None:
