@@ -25,7 +25,7 @@ from tokenformer.operator import attend, default_tau
 
 # T, D, N: feed-forward layers of the published 150M, 450M and 1.5B, and the smallest and largest layer that grew.
 SHAPES = {
-    "cpu": [(1024, 768, 576), (1024, 768, 3072), (1024, 1024, 4096), (1024, 1536, 6144), (512, 768, 34480)],
+    "cpu": [(4096, 768, 576), (4096, 768, 3072), (2048, 1024, 4096), (2048, 1536, 6144), (1024, 768, 34480)],
     "cuda": [(32768, 768, 576), (32768, 768, 3072), (32768, 1024, 4096), (32768, 1536, 6144), (16384, 768, 34480)],
 }
 # Steps between two looks at the clock: a GPU's are short beside a launch.

@@ -8,7 +8,7 @@ Shapes: T input tokens, D channels (D_in, D_out), N parameter tokens. Every matr
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -22,9 +22,6 @@ ScoreNorm = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 
 # E[weight^2] of one parameter token at initialisation, where the scores of a row are close to normal.
 WEIGHT_SECOND_MOMENT = {"l2_norm_gelu": 0.425, "gelu_l2_norm": 1.0, "softmax": 1.0}
-
-# Elements of a T x N buffer that the operator takes at a time on the CPU.
-CPU_BLOCK = 2**22
 
 HAS_TRITON = find_spec("triton") is not None  # what is not needed is not imported
 
@@ -169,41 +166,26 @@ def _forward(
 
     It holds the GELU's input z = tau A / |A|, or A where kernels multiply by the factor while they read.
     """
-    kept = _empty_scores(x, keys, group)
-    out, factor = x.new_empty(len(x), values[0].shape[1]), x.new_empty(len(x), 1)
-    for x_block, scores, out_block, factor_block in _blocks(kept.numel(), x, kept, out, factor):
-        _write_products(x_block, keys, scores)
-        if _uses_kernels(x, group):
-            from tokenformer.kernels import norm_gelu
+    kept = _write_products(x, keys, _empty_scores(x, keys, group))
+    factor = x.new_empty(len(x), 1)
+    if _uses_kernels(x, group):
+        from tokenformer.kernels import norm_gelu
 
-            weights = norm_gelu(scores, tau, factor_block)
-        else:
-            norm = _norm(scores, group)
-            wide_factor = (tau.to(norm.dtype) / norm).masked_fill_(norm == 0, 0)
-            # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU. The clamp
-            # keeps the factor of a tiny row finite in float16.
-            factor_block.copy_(wide_factor.clamp_max_(torch.finfo(scores.dtype).max))
-            weights = F.gelu(scores.mul_(factor_block))
-        _sum_of_products(weights, values, out_block)
-    return out, kept, factor
+        weights = norm_gelu(kept, tau, factor)
+    else:
+        norm = _norm(kept, group)
+        wide_factor = (tau.to(norm.dtype) / norm).masked_fill_(norm == 0, 0)
+        # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU. The clamp keeps
+        # the factor of a tiny row finite in float16.
+        factor.copy_(wide_factor.clamp_max_(torch.finfo(kept.dtype).max))
+        weights = F.gelu(kept.mul_(factor))
+    return _sum_of_products(weights, values, x.new_empty(len(x), values[0].shape[1])), kept, factor
 
 
 def _kept_again(group: ProcessGroup | None, x: Tensor, keys: Sequence[Tensor], factor: Tensor) -> Tensor:
     """What :func:`_forward` keeps, bit for bit."""
-    kept = _empty_scores(x, keys, group)
-    for x_block, scores, factor_block in _blocks(kept.numel(), x, kept, factor):
-        _write_products(x_block, keys, scores)
-        if not _uses_kernels(x, group):
-            scores.mul_(factor_block)
-    return kept
-
-
-def _blocks(num_scores: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of tensors. On the CPU a block of rows stays in the cache, its GELU in memory that is handed out again."""
-    in_blocks = tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
-    if not in_blocks or num_scores <= CPU_BLOCK:
-        return iter([tensors])
-    return zip(*(t.tensor_split(-(-num_scores // CPU_BLOCK)) for t in tensors), strict=True)
+    kept = _write_products(x, keys, _empty_scores(x, keys, group))
+    return kept if _uses_kernels(x, group) else kept.mul_(factor)
 
 
 def _columns(buffer: Tensor, segments: Sequence[Tensor]) -> tuple[Tensor, ...]:

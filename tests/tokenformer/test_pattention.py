@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-import tokenformer.operator
 from tests.conftest import ASSETS
 from tokenformer import Pattention, pattention
 from tokenformer.growth import append_tokens
@@ -115,13 +114,6 @@ def test_leading_dimensions_are_kept():
     assert pattention(batched[:0], keys, values).shape == (0, 5, 1, 12)
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch):
-    x, keys, values = random_inputs(torch.float64, T=50)
-    whole = pattention(x, keys, values)
-    monkeypatch.setattr(tokenformer.operator, "CPU_BLOCK", 7 * 24)
-    torch.testing.assert_close(pattention(x, keys, values), whole, rtol=0, atol=1e-14)
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("frozen", [(), ("keys0", "values0"), ("keys1",), ("values0", "values1", "values2")])
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,8 +189,7 @@ def test_keeps_one_buffer_for_the_backward_pass():
 
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_recomputed_scores_are_not_kept_and_give_the_same_bits(monkeypatch, dtype, segments):
-    monkeypatch.setattr(tokenformer.operator, "CPU_BLOCK", 70 * 300)
+def test_recomputed_scores_are_not_kept_and_give_the_same_bits(dtype, segments):
     x, *tokens = random_inputs(dtype, T=200, D_in=64, N=300, D_out=64)
     tokens = [part.detach().requires_grad_() for t in tokens for part in t.tensor_split(segments)]
     out, kept = kept_bytes(recomputing, (x, *tokens))
