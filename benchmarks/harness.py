@@ -145,6 +145,7 @@ def benchmark(name: str, cases: Sequence[Case], measure: Callable[..., Measured]
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--quick", action="store_true", help="the cases of `make bench-check` alone, in three rounds")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the cases with this text in their rows")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     args = parser.parse_args()
     rows: list[Row] = []
@@ -152,7 +153,8 @@ def benchmark(name: str, cases: Sequence[Case], measure: Callable[..., Measured]
         if args.quick and not case.quick:
             continue
         measured = None
-        if case.device == args.device and (case.device == "cpu" or torch.cuda.is_available()):
+        wanted = case.device == args.device and args.only in f"{case.goals} {case.setting}"
+        if wanted and (case.device == "cpu" or torch.cuda.is_available()):
             try:
                 measured = measure(
                     **case.arguments, device=args.device, rounds=min(3, args.rounds) if args.quick else args.rounds
@@ -161,7 +163,7 @@ def benchmark(name: str, cases: Sequence[Case], measure: Callable[..., Measured]
                 print(f"{name}, {case.setting}: {missing}", file=sys.stderr)
         for row in case.rows(measured):
             rows.append(row | machine() if measured else row)
-            if case.device == args.device:
+            if wanted:
                 print(*(f"{row[column]}" for column in COLUMNS), sep=" | ", flush=True)
     print(f"rows in {write_rows(args.results / f'{name}.csv', merged(rows, read_rows(RESULTS / f'{name}.csv')))}")
 
