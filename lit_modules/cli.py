@@ -59,7 +59,9 @@ def console() -> None:
 
     try:
         main()
-    except (ValueError, RunError) as error:
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, RunError, OSError) as error:
         if os.environ.get("TOKENFORMER_DEBUG"):
             raise
         while isinstance(error.__cause__, ValueError):  # the config parser wraps what a class says of its arguments
@@ -67,8 +69,6 @@ def console() -> None:
         sys.exit(f"error: {error}\n(TOKENFORMER_DEBUG=1 shows where)")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(args: list[str] | None = None) -> None:

@@ -98,7 +98,9 @@ class FSDP2(ModelParallelStrategy):
 
     def post_backward(self, closure_loss: torch.Tensor) -> None:
         """Give back frozen segments: nothing of a backward pass reaches them."""
-        self.reshard()
+        module: Any = self.lightning_module
+        if module.growths and module.growths[-1]["train"] == "new":
+            self.reshard()
 
     def state_dict_of(self, module: nn.Module, sharded: bool | None = None) -> dict[str, Any]:
         """The state of a sharded module; whole, on the first process only, if checkpoints are."""

@@ -138,6 +138,13 @@ def test_quick_measures_the_quick_cases_in_three_rounds(monkeypatch, tmp_path):
     ]
 
 
+def test_only_measures_what_is_named_and_keeps_the_rest(monkeypatch, tmp_path):
+    run_benchmark(monkeypatch, tmp_path, measure_one, "--rounds", "4", "--results", str(tmp_path))
+    run_benchmark(monkeypatch, tmp_path, measure_one, "--only", "memory", "--results", str(tmp_path))
+    ratios = [row["ratio"] for row in read_rows(tmp_path / "speed.csv")]
+    assert ratios == ["5.000", "0.500", "4.000", "not measured"]
+
+
 def test_what_the_machine_lacks_is_not_measured(monkeypatch, tmp_path, capsys):
     def measure(**_):
         raise Unavailable("needs two cores")

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from datamodules.tokenizer import ByteTokenizer, load_tokenizer
 from lit_modules.checkpoint_files import AtomicCheckpointIO, checksums, damage, newest_whole, write_manifest
-from lit_modules.cli import main
+from lit_modules.cli import console, main
 from lit_modules.fsdp2 import FSDP2
 from lit_modules.saved import load_saved, module_of, read_checkpoint, save_tokenizer, tokenizer_of
 from tests.conftest import ASSETS
@@ -146,7 +147,7 @@ def test_a_sharded_checkpoint_is_exported(corpus, tmp_path):
     assert not (tmp_path / "was here").exists()
 
 
-def test_the_wrong_kind_of_file_names_the_command(run, tmp_path):
+def test_the_wrong_kind_of_file_names_the_command(run, tmp_path, monkeypatch):
     golden = tmp_path / "golden.safetensors"
     golden.write_bytes(GOLDEN.read_bytes())
     exported, out = tmp_path / "exported", ["--out", str(tmp_path / "out")]
@@ -177,6 +178,9 @@ def test_the_wrong_kind_of_file_names_the_command(run, tmp_path):
         with pytest.raises(ValueError, match=message):
             main([command, str(path), *rest.get(command, out)])
         assert not list(tmp_path.glob("out*"))
+    monkeypatch.setattr(sys, "argv", ["tokenformer", "export", str(checkpoint_of(run[1], 14)), "--out", f"{golden}/x"])
+    with pytest.raises(SystemExit, match="error: .*Not a directory"):
+        console()
     for path, message in ((run[1], "ckpt_path=.*the newest is"), (exported, "an exported model.*`last` takes")):
         with pytest.raises(ValueError, match=message):
             main(["validate", "--config", str(run[0]), "--ckpt_path", str(path), "--run_dir", str(tmp_path / "out")])
