@@ -5,16 +5,14 @@ import inspect
 import logging
 import os
 import re
-import secrets
 import sys
-import time
 import warnings
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import lightning
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule, LightningModule
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -42,15 +40,15 @@ from lit_modules.callbacks import (
 )
 from lit_modules.callbacks.checkpoint import RunCheckpoint
 from lit_modules.callbacks.watch import follow
-from lit_modules.checkpoint_files import AtomicCheckpointIO, newest_whole, remove_leftovers
+from lit_modules.checkpoint_files import AtomicCheckpointIO, remove_leftovers
 from lit_modules.errors import RunError, explain
 from lit_modules.language import LanguageModule
 from lit_modules.loggers import ResumableCSVLogger
 from lit_modules.module import TokenFormerModule
 from lit_modules.plan import num_devices, plan
+from lit_modules.run_folder import config_name, settle
 from lit_modules.run_lock import RunLock
-from lit_modules.saved import read_head
-from lit_modules.slurm import check_tasks, environment, launch_name
+from lit_modules.slurm import check_tasks, environment
 from lit_modules.vision import VisionModule
 from tokenformer import LMConfig
 
@@ -179,7 +177,7 @@ class ExperimentCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder and the checkpoint to start from."""
         config = self.config[self.config.subcommand]
-        config.name = config.name or _config_name(sys.argv[1:] if self._args is None else self._args)
+        config.name = config.name or config_name(sys.argv[1:] if self._args is None else self._args)
         if self.config.subcommand == "plan" and config.devices is None:
             config.devices = num_devices(config.trainer.devices, config.trainer.num_nodes)
         if self.config.subcommand in ("prepare", "plan"):
@@ -188,7 +186,7 @@ class ExperimentCLI(LightningCLI):
         check_tasks(None if str(per_node) in ("auto", "-1") else num_devices(per_node, 1), config.trainer.num_nodes)
         self._own_run_dir = config.run_dir is not None
         if RUN_DIR not in os.environ:
-            run_dir, checkpoint = _settle(self.config.subcommand, config)
+            run_dir, checkpoint = settle(self.config.subcommand, config)
             if _get_rank() in (None, 0):  # the others, where a launcher started them, hear of it from Lightning
                 try:
                     run_dir.mkdir(parents=True, exist_ok=True)
@@ -248,57 +246,6 @@ class ExperimentCLI(LightningCLI):
 
 def _as_list(given: Any) -> list[Any]:
     return given if isinstance(given, list) else [] if given is None else [given]
-
-
-def _settle(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint that it starts from."""
-    experiment = Path(config.trainer.default_root_dir or "runs") / config.name
-    given = Path(config.run_dir) if config.run_dir else None
-    if config.ckpt_path == "auto" and subcommand == "fit":
-        if given is None and launch_name() is None:
-            raise ValueError("ckpt_path=auto goes on with the run in a folder, or begins it there: give --run_dir")
-        folder = given or _new_run_dir(experiment, subcommand)
-        there = list(folder.glob("checkpoints/*.ckpt"))
-        checkpoint = newest_whole(there)
-        if there and checkpoint is None:
-            raise ValueError(f"ckpt_path=auto: all checkpoints in {folder} are damaged: delete them to begin anew")
-        return folder, checkpoint
-    checkpoint = Path(config.ckpt_path) if config.ckpt_path else None
-    if config.ckpt_path == "last":
-        checkpoint = newest_whole(
-            given.glob("checkpoints/*.ckpt") if given else experiment.glob("*/checkpoints/*.ckpt")
-        )
-        if checkpoint is None:
-            raise ValueError(f"ckpt_path=last: there is no whole checkpoint in {given or experiment}")
-    elif checkpoint:
-        try:
-            read_head(checkpoint)
-        except ValueError as error:
-            raise ValueError(f"ckpt_path={error}; `last` takes the newest whole one of {experiment}") from None
-    if checkpoint and config.ckpt_path == "last" and subcommand == "fit" and not given:
-        return checkpoint.parent.parent, checkpoint  # goes on where the run is
-    folder = given or _new_run_dir(experiment, subcommand)
-    resumes = subcommand == "fit" and checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
-    if (folder / "config.yaml").exists() and not resumes:
-        raise ValueError(f"run_dir={folder} holds a run already: go on with it by --ckpt_path last, or choose another")
-    return folder, checkpoint
-
-
-def _config_name(args: list[str]) -> str:
-    """The name of the first config file on the command line, without its ending; others change how it is run."""
-    file = re.search(r"(?:^|\n)(?:-c|--config)[\n=]([^\n]+)", "\n".join(args))
-    return Path(file[1]).stem if file else "run"
-
-
-def _new_run_dir(experiment: Path, subcommand: str) -> Path:
-    """A folder that no other run has, even if it starts in the same second."""
-    suffix = "" if subcommand == "fit" else f"-{subcommand}"
-    return experiment / f"{launch_name() or new_name()}{suffix}"
-
-
-def new_name() -> str:
-    """Date, time and something random."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def run(args: list[str] | None, cli: type[ExperimentCLI] = ExperimentCLI) -> ExperimentCLI:

@@ -22,8 +22,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from lit_modules.experiment import ExperimentCLI, new_name, run
+from lit_modules.experiment import ExperimentCLI, run
 from lit_modules.plan import num_devices
+from lit_modules.run_folder import new_name
 
 TEMPLATE = Path(__file__).parents[1] / "configs" / "slurm" / "job.sh"
 

@@ -136,14 +136,6 @@ def _joined_segments(layer: Pattention) -> dict[str, Tensor]:
     return joined
 
 
-def consolidate(model: nn.Module) -> None:
-    """Join the parameter tokens of each norm into one segment, in place: the same function, the same numbers.
-
-    An optimizer does not know the joined parameters, so this is for models that are not in training.
-    """
-    model.load_state_dict(consolidated_state(model))
-
-
 # What a model that is trained further may have otherwise than the folder that it starts from.
 FREE = {"init", "scale", "vocab_size", "vocab_multiple", "max_seq_len", "image_size", "num_classes", "drop_path"}
 

@@ -18,7 +18,7 @@ from tokenformer import (
     save_pretrained,
 )
 from tokenformer.growth import pattention_layers, widen
-from tokenformer.interop import consolidate, load_checked, start_from
+from tokenformer.interop import consolidated_state, load_checked, start_from
 
 SIZES = {"depth": 2, "dim": 32, "num_heads": 2, "qkv_tokens": 16, "proj_tokens": 16, "ffn_tokens": 32}
 IDS = torch.arange(24).view(2, 12) % 64
@@ -62,7 +62,7 @@ def test_segments_are_joined_without_changing_the_function(init, segments, scale
         joined = [torch.cat([getattr(s, kind) for s in layer.segments]) for layer in (ffn, old)]
         assert torch.equal(*joined)
     assert (loaded.config.qkv_tokens, loaded.config.proj_tokens, loaded.config.ffn_tokens) == (24, 20, 56)
-    consolidate(model)
+    model.load_state_dict(consolidated_state(model))
     assert torch.equal(model(IDS), loaded(IDS))
 
 
