@@ -3,6 +3,7 @@
     python -m benchmarks.operator [--device cpu] [--rounds 5]
 
 Forward+backward, eager and compiled, and what each keeps for the backward pass besides its inputs, in buffers of T x N.
+Also against the six matrix products that all of them need, alone and written to memory that is there: the floor.
 """
 
 import sys
@@ -31,14 +32,14 @@ SHAPES = {
 # Steps between two looks at the clock: a GPU's are short beside a launch.
 REPEATS = {"cpu": 1, "cuda": 5}
 GOALS = {("cpu", "eager"): "<= 1.05", ("cpu", "compiled"): "<= 1.0", ("cuda", "eager"): "<= 1.10"}
-MLP, TRANSCRIPTION = "MLP", "transcription"
+MLP, TRANSCRIPTION, PRODUCTS = "MLP", "transcription", "its matrix products"
 
 
 def case(device: str, shape: tuple[int, int, int], dtype: str, mode: str) -> Case:
-    """Two rows: against the MLP, and against the transcription."""
+    """A row for each of what it is compared with."""
     T, D, N = shape
     what = f"operator, {mode}"
-    goals = {(what, MLP): GOALS.get((device, mode), "<= 1.10"), (what, TRANSCRIPTION): "<= 0.8"}
+    goals = {(what, MLP): GOALS.get((device, mode), "<= 1.10"), (what, TRANSCRIPTION): "<= 0.8", (what, PRODUCTS): ""}
     arguments = {"shape": shape, "dtype": dtype, "mode": mode}
     quick = device == "cpu" and mode == "eager" and (D, N) == (768, 3072)
     return Case(f"T {T}, D {D}, N {N}, {dtype}", goals, arguments, device, quick)
@@ -82,6 +83,28 @@ def steps(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_out:
         torch.autograd.grad(function(*inputs), inputs, grad_out)
 
 
+class Products:
+    """The matrix products of :func:`steps` and nothing else."""
+
+    def __init__(self, inputs: tuple[Tensor, ...], grad_out: Tensor) -> None:
+        x, keys, values = (tensor.detach() for tensor in inputs)
+        scores, grad_scores = (x.new_empty(len(x), len(keys)) for _ in range(2))
+        self.products = [
+            (x, keys.T, scores),
+            (scores, values, torch.empty_like(grad_out)),
+            (scores.T, grad_out, torch.empty_like(values)),
+            (grad_out, values.T, grad_scores),
+            (grad_scores, keys, torch.empty_like(x)),
+            (grad_scores.T, x, torch.empty_like(keys)),
+        ]
+
+    def run(self, repeats: int) -> None:
+        """All of them."""
+        for _ in range(repeats):
+            for left, right, out in self.products:
+                torch.mm(left, right, out=out)
+
+
 def saved_bytes(function: Callable[..., Tensor], *inputs: Tensor) -> int:
     """Bytes that autograd keeps between forward and backward, without the inputs themselves."""
     storages = {}
@@ -112,10 +135,11 @@ def measure(shape: tuple[int, int, int], dtype: str, mode: str, device: str, rou
         contenders = {name: torch.compile(function, dynamic=False) for name, function in CONTENDERS.items()}
     repeats = REPEATS[device]
     calls = {name: partial(steps, function, inputs, grad_out, repeats) for name, function in contenders.items()}
+    calls[PRODUCTS] = partial(Products(inputs, grad_out).run, repeats)
     seconds = time_in_turn(calls, rounds)
     what = f"operator, {mode}"
-    ratios = {(what, peer): round_ratios(seconds, "operator", peer) for peer in (MLP, TRANSCRIPTION)}
-    columns: dict[str, object] = {}
+    ratios = {(what, peer): round_ratios(seconds, "operator", peer) for peer in (MLP, TRANSCRIPTION, PRODUCTS)}
+    columns: dict[str, object] = {"products_ms": f"{1e3 * statistics.median(seconds[PRODUCTS]) / repeats:.2f}"}
     for name, function in contenders.items():
         columns[f"{name}_ms"] = f"{1e3 * statistics.median(seconds[name]) / repeats:.2f}"
         columns[f"{name}_saved"] = f"{saved_bytes(function, *inputs) / (T * N * x.itemsize):.2f}"

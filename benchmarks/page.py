@@ -6,7 +6,8 @@ from benchmarks.harness import RESULTS, ROOT, Row, is_measured, read_rows
 
 PAGE = ROOT / "docs/performance.md"
 BEGIN, END = "<!-- table: python -m benchmarks.plots -->", "<!-- end of the table -->"
-HEADER = "| what | against | setting | ratio (lowest-highest) | goal | reached | command |"
+MEASURED = ("what", "against", "setting", "ratio (lowest-highest)", "goal", "reached", "command")
+MISSING = ("what", "against", "setting", "goal")
 
 
 def all_rows(results: Path = RESULTS) -> list[Row]:
@@ -15,15 +16,32 @@ def all_rows(results: Path = RESULTS) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a line a row."""
-    lines = [HEADER, "|---" * (HEADER.count("|") - 1) + "|"]
-    for row in rows:
-        ratio = f"{row['ratio']} ({row['lowest']}-{row['highest']})" if is_measured(row) else "not measured"
-        command = f"`{row['command']}`" if row["command"] else ""
-        setting = f"{row['setting']}{', GPU' if row['device'] == 'cuda' else ''}"
-        cells = (row["what"], row["against"], setting, ratio, row["goal"] or "-", row["reached"] or "-", command)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    """Markdown, a line a row: first what was measured, then what was not."""
+    measured = [
+        (
+            *_names(row),
+            f"{row['ratio']} ({row['lowest']}-{row['highest']})",
+            _goal(row),
+            row["reached"] or "-",
+            f"`{row['command']}`",
+        )
+        for row in rows
+        if is_measured(row)
+    ]
+    missing = [(*_names(row), _goal(row)) for row in rows if not is_measured(row)]
+    return "\n\n".join((_lines(MEASURED, measured), "Not measured:", _lines(MISSING, missing)))
+
+
+def _names(row: Row) -> tuple[object, ...]:
+    return row["what"], row["against"], f"{row['setting']}{', GPU' if row['device'] == 'cuda' else ''}"
+
+
+def _goal(row: Row) -> object:
+    return row["goal"] or "-"
+
+
+def _lines(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def with_table(text: str, rows: list[Row]) -> str:

@@ -3,10 +3,13 @@
 An epoch is a permutation of the samples; the stream of positions 0, 1, 2, ... runs through epoch after epoch.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 6
+BLOCK = 4096  # positions that are looked up at once: numpy takes as long for a few
 
 
 def sample_at(positions: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.int64]:
@@ -15,13 +18,22 @@ def sample_at(positions: NDArray[np.int64], num_samples: int, seed: int) -> NDAr
     Each `num_samples` positions in a row, from a multiple of it on, hold every sample exactly once.
 
     Args:
-        positions: places in the stream, (B), 0 or more.
+        positions: places in the stream, (B), 0 or more; near each other, as those of a batch are.
         num_samples: samples of an epoch.
         seed: of the run.
 
     Returns:
         Indices of samples, (B).
     """
+    first, last = int(positions.min()) // BLOCK, int(positions.max()) // BLOCK
+    blocks = [_block(index, num_samples, seed) for index in range(first, last + 1)]
+    return np.concatenate(blocks)[positions - first * BLOCK]
+
+
+@lru_cache(maxsize=8)
+def _block(index: int, num_samples: int, seed: int) -> NDArray[np.int64]:
+    """The samples at positions from index * BLOCK on."""
+    positions = np.arange(index * BLOCK, (index + 1) * BLOCK)
     epochs, places = np.divmod(positions, num_samples)
     samples = np.empty_like(positions)
     for epoch in np.unique(epochs):

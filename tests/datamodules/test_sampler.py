@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from datamodules.sampler import sample_at
+from datamodules.sampler import BLOCK, sample_at
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
@@ -17,6 +17,10 @@ def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
     assert not np.array_equal(order[:1000], order[1000:])
     assert not np.array_equal(order, sample_at(positions, 1000, seed=1))
     assert np.array_equal(order[1500:1510], sample_at(np.arange(1500, 1510), 1000, seed=0))
+    across = slice(BLOCK - 5, BLOCK + 5)
+    assert np.array_equal(
+        sample_at(np.arange(2 * BLOCK), 7000, 0)[across], sample_at(np.arange(BLOCK - 5, BLOCK + 5), 7000, 0)
+    )
     assert order[:8].tolist() == [414, 540, 67, 159, 765, 99, 686, 267]  # on every machine: old runs must resume
 
 
