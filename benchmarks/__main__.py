@@ -12,10 +12,11 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.check import regressions
+from benchmarks.check import is_worse, pairs
 from benchmarks.harness import RESULTS, ROOT, Row, key, read_rows
 
 NAMES = ("operator", "memory", "training", "context", "vit", "generation", "data", "optimizer", "start", "scaling")
@@ -33,25 +34,27 @@ def run(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], cwd=ROOT, check=True)
 
 
-def worse(name: str) -> list[tuple[Row, Row]]:
-    """The quick rows of a benchmark that are worse than the stored ones, each with that."""
+def quick(name: str) -> list[tuple[Row, Row]]:
+    """The quick rows of a benchmark, measured now, each with the stored one."""
     with tempfile.TemporaryDirectory() as folder:
         run(name, "--quick", "--results", folder)
-        return regressions(read_rows(Path(folder) / f"{name}.csv"), read_rows(RESULTS / f"{name}.csv"))
+        return pairs(read_rows(Path(folder) / f"{name}.csv"), read_rows(RESULTS / f"{name}.csv"))
 
 
-def check(names: list[str]) -> None:
-    """Exit with 1 if anything is worse, twice."""
-    failed = []
+def check(names: Sequence[str]) -> None:
+    """Exit with 1 if anything is worse, twice, or if nothing could be compared."""
+    count, failed = 0, []
     for name in names:
-        if first := {key(row) for row, _ in worse(name)}:
+        compared = quick(name)
+        count += len(compared)
+        if first := {key(row) for row, stored in compared if is_worse(row, stored)}:
             print(f"{name}: {len(first)} worse than stored; once more", flush=True)
-            failed += [pair for pair in worse(name) if key(pair[0]) in first]
+            failed += [pair for pair in quick(name) if key(pair[0]) in first and is_worse(*pair)]
     for row, stored in failed:
         print(*key(row), f"now {row['ratio']}, stored {stored['ratio']} ({stored['lowest']}-{stored['highest']})")
-    if failed:
-        sys.exit(f"{len(failed)} ratios are more than 10 % worse than those of benchmarks/results")
-    print("no ratio is more than 10 % worse than the stored one")
+    if failed or not count:
+        sys.exit(f"{len(failed)} of {count} ratios are more than 10 % worse than those of benchmarks/results")
+    print(f"none of {count} ratios is more than 10 % worse than the stored one")
 
 
 def main() -> None:
@@ -63,13 +66,20 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios, write nothing")
     args = parser.parse_args()
-    if unknown := set(args.names) - set(NAMES):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
+    known = CHECKED if args.check else NAMES
+    if unknown := set(args.names) - set(known):
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     if args.check:
-        return check([name for name in args.names or CHECKED if name in CHECKED])
+        return check(args.names or CHECKED)
+    failed = []
     for name in args.names or NAMES:
-        run(name, "--device", args.device)
+        try:
+            run(name, "--device", args.device)
+        except subprocess.CalledProcessError:
+            failed.append(name)
     plots.main()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

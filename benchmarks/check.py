@@ -22,8 +22,7 @@ def is_worse(now: Row, stored: Row) -> bool:
     return here > TOLERANCE * before and here > max(extremes)
 
 
-def regressions(now: list[Row], stored: list[Row]) -> list[tuple[Row, Row]]:
-    """The rows that are worse than the stored ones, each with that. Rows without a goal are only reported."""
+def pairs(now: list[Row], stored: list[Row]) -> list[tuple[Row, Row]]:
+    """What can be compared: each row with the stored one. Rows without a goal are only reported."""
     known = {key(row): row for row in stored if is_measured(row) and row["goal"]}
-    pairs = [(row, known[key(row)]) for row in now if is_measured(row) and key(row) in known]
-    return [(row, before) for row, before in pairs if is_worse(row, before)]
+    return [(row, known[key(row)]) for row in now if is_measured(row) and key(row) in known]

@@ -60,9 +60,10 @@ def measure(size: str, seq_len: int, tokens: int, vocab_size: int, device: str, 
     configs = {"ours": LMConfig(**shared, **ours), "wider": LMConfig(**shared, **theirs, baseline="width")}
     models = {name: TokenFormerLM(config).to(device) for name, config in configs.items()}
     if device == "cuda":
+        torch.compiler.reset()  # static shapes, whatever the case before had
         for model in models.values():
             for block in model.backbone.blocks:
-                block.compile()
+                block.compile(dynamic=False)
     seconds = time_in_turn({name: partial(step, model, ids) for name, model in models.items()}, rounds)
     flops, causal = (
         configs["ours"].flops_per_token(T) / configs["wider"].flops_per_token(T) for T in (seq_len, seq_len // 2)

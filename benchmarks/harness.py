@@ -72,7 +72,7 @@ def figures(ratios: Sequence[float], goal: str) -> Row:
     if not ratios:
         return {"ratio": NOT_MEASURED, "lowest": "", "highest": "", "goal": goal, "reached": ""}
     names = {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-    shown: Row = {name: f"{value:.3f}" for name, value in names.items()}
+    shown: Row = {name: f"{value:.3f}" if value >= 0.1 else f"{value:.3g}" for name, value in names.items()}
     return shown | {"goal": goal, "reached": "" if not goal else "yes" if reached(names["ratio"], goal) else "no"}
 
 
@@ -124,12 +124,6 @@ def round_ratios(found: dict[str, list[float]], name: str, peer: str) -> list[fl
     return [a / b for a, b in zip(found[name], found[peer], strict=True)]
 
 
-def ratio(found: dict[str, list[float]], name: str, peer: str) -> tuple[float, float, float]:
-    """(median, lowest, highest) of the round-by-round ratio name / peer."""
-    ratios = round_ratios(found, name, peer)
-    return statistics.median(ratios), min(ratios), max(ratios)
-
-
 def benchmark(name: str, cases: Sequence[Case], measure: Callable[..., Measured], rounds: int) -> None:
     """A benchmark's command line: measure the cases of a device, print the rows, write NAME.csv.
 
@@ -148,13 +142,16 @@ def benchmark(name: str, cases: Sequence[Case], measure: Callable[..., Measured]
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases with this text in their rows")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     args = parser.parse_args()
-    rows: list[Row] = []
-    for case in cases:
-        if args.quick and not case.quick:
+    if args.quick and args.results == RESULTS:
+        parser.error("--quick: give --results FOLDER, since three rounds do not replace what is stored")
+    cases = [case for case in cases if case.quick or not args.quick]
+    path, found = args.results / f"{name}.csv", [case.rows(None) for case in cases]
+    stored = read_rows(path)
+    for place, case in enumerate(cases):
+        if case.device != args.device or args.only not in f"{case.goals} {case.setting}":
             continue
         measured = None
-        wanted = case.device == args.device and args.only in f"{case.goals} {case.setting}"
-        if wanted and (case.device == "cpu" or torch.cuda.is_available()):
+        if case.device == "cpu" or torch.cuda.is_available():
             try:
                 measured = measure(
                     **case.arguments, device=args.device, rounds=min(3, args.rounds) if args.quick else args.rounds
@@ -162,10 +159,11 @@ def benchmark(name: str, cases: Sequence[Case], measure: Callable[..., Measured]
             except Unavailable as missing:
                 print(f"{name}, {case.setting}: {missing}", file=sys.stderr)
         for row in case.rows(measured):
-            rows.append(row | machine() if measured else row)
-            if wanted:
-                print(*(f"{row[column]}" for column in COLUMNS), sep=" | ", flush=True)
-    print(f"rows in {write_rows(args.results / f'{name}.csv', merged(rows, read_rows(RESULTS / f'{name}.csv')))}")
+            print(*(f"{row[column]}" for column in COLUMNS), sep=" | ", flush=True)
+        if measured:
+            found[place] = [row | machine() for row in case.rows(measured)]
+        write_rows(path, merged([row for rows in found for row in rows], stored))  # a failure loses one case
+    print(f"rows in {path}")
 
 
 def is_measured(row: Row) -> bool:

@@ -83,6 +83,7 @@ def measure(
         streams = {"ours": endless(data.train_dataloader()), "timm": timms(data, folder / "train")}
         taking = {name: partial(seconds_of, stream, batches) for name, stream in streams.items()}
         seconds = in_turn(taking, rounds)
+        streams.clear(), taking.clear()  # ends the workers before their images are gone
     count = batches * batch_size
     speeds = {f"{who}_images_per_s": f"{count / statistics.median(taken):.1f}" for who, taken in seconds.items()}
     return {SPEED: round_ratios(seconds, "timm", "ours")}, dict(speeds)

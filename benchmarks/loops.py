@@ -100,6 +100,7 @@ def fit_arguments(config: LMConfig, data: TextDataModule, steps: int, log_every:
         "data.seq_len": data.seq_len,
         "data.batch_size": data.batch_size,
         "data.cache_dir": data.cache_dir,
+        "trainer.devices": 1,
         "trainer.max_steps": steps,
         "trainer.log_every_n_steps": log_every,
         "trainer.limit_val_batches": 0,

@@ -58,7 +58,9 @@ def context(axes: Axes, rows: list[Row]) -> None:
 
 def generation(axes: Axes, rows: list[Row]) -> None:
     """Tokens a second over length."""
-    for name, mine in groupby(rows, lambda row: f"{str(row['setting']).split(',')[0]}, batch {row['batch_size']}"):
+    for name, mine in groupby(
+        rows, lambda row: f"{str(row['setting']).split(',')[0]}, batch {row['batch_size']}, {row['device']}"
+    ):
         points = list(mine)
         lengths = [number(row, "length") for row in points]
         for who, style in (("cached", "o-"), ("twin", "x--"), ("uncached", "s:")):

@@ -9,8 +9,10 @@ many parameters. Text and tokenizer: the standard library. On a GPU compiled and
 import statistics
 from dataclasses import replace
 
+import torch
+
 from benchmarks.gpt import GPT
-from benchmarks.harness import Case, Measured, benchmark, in_turn, round_ratios
+from benchmarks.harness import Case, Measured, Unavailable, benchmark, in_turn, round_ratios
 from benchmarks.loops import Loop, batches_in_memory, fit, fit_arguments, speed, text
 from tokenformer import LMConfig, TokenFormerLM
 
@@ -88,6 +90,8 @@ def measure(
 
     def through_fit(model: LMConfig) -> float:
         log = fit(fit_arguments(model, data, steps + log_every, log_every, **settings))
+        if on_gpu and "train/mfu" not in log[1]:
+            raise Unavailable("the peak of this GPU is not in lit_modules/hardware.py")
         mfus.append(statistics.median(line.get("train/mfu", 0.0) for line in log[1:]))
         return speed(log)
 
@@ -95,9 +99,10 @@ def measure(
     theirs = GPT(data.vocab_size, data.seq_len, *gpt).to(device)
     params = {"params": ours.num_params(), "gpt_params": sum(p.numel() for p in theirs.parameters())}
     if on_gpu:
+        torch.compiler.reset()  # static shapes, whatever the case before had
         for block in ours.backbone.blocks:
-            block.compile()
-        theirs.compile()
+            block.compile(dynamic=False)
+        theirs.compile(dynamic=False)
     ours_loop = Loop(ours, ours.loss, batches, precision)
     their_loop = Loop(theirs, theirs, batches, precision)
     contenders = {

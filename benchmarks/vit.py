@@ -44,6 +44,7 @@ CASES = [case("tiny", 8, quick=True), case("base", 8), case("base", 256, "cuda")
 def measure(size: str, batch_size: int, device: str, rounds: int, **sizes: Any) -> Measured:
     """Both in turn, training and then evaluation. `sizes` are given to both models."""
     on_gpu = device == "cuda"
+    torch.compiler.reset()
     models = {
         "ours": timm.create_model(f"tokenformer_vit_{size}_patch16_224", **MATCHED[size], **sizes),
         "timm": timm.create_model(f"vit_{size}_patch16_224", **sizes),
@@ -54,7 +55,7 @@ def measure(size: str, batch_size: int, device: str, rounds: int, **sizes: Any) 
     for name, model in models.items():
         model.to(device).train()
         if on_gpu:
-            model.compile()
+            model.compile(dynamic=False)
         loops[name] = Loop(model, partial(loss, model), [batch], "bf16-mixed" if on_gpu else "32-true")
     trained = time_in_turn({name: loop.step for name, loop in loops.items()}, rounds)
     for model in models.values():

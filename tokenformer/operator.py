@@ -218,10 +218,12 @@ def _gradients(
 def _norm_gelu_backward(grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGroup | None) -> Tensor:
     """Turn `grad` (T, N) from dL/dweights to |A| / tau * dL/dA, in place; return r / N (T, 1), at least float32."""
     torch.ops.aten.gelu_backward.grad_input(grad, z, grad_input=grad)  # dL/dz
-    # r / N as a batch of dot products: no T x N temporary, and dividing by N keeps it in float16's range.
-    zero, num_tokens = grad.new_zeros(()), z.shape[1]
-    r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2)
-    r = r.to(torch.promote_types(z.dtype, torch.float32))
+    wide, num_tokens = torch.promote_types(z.dtype, torch.float32), z.shape[1]
+    if torch.compiler.is_compiling():  # which makes one kernel of the row's sum and all around it
+        r = (grad.to(wide) * z.to(wide)).sum(-1, keepdim=True) / num_tokens
+    else:  # a batch of dot products: no T x N temporary, and dividing by N in there keeps it in float16's range
+        zero = grad.new_zeros(())
+        r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2).to(wide)
     if group is not None:
         distributed.all_reduce(r, group=group)
     grad.addcmul_(z, (r * (-num_tokens / tau.to(r.dtype) ** 2)).to(z.dtype))
@@ -268,6 +270,7 @@ class _L2NormGELU(torch.autograd.Function):
             grad = _write_products(grad_out, values, _empty_scores(x, keys, None))  # dL/dweights
             weights, r, factor = norm_gelu_backward(grad, kept, tau, factor)
             grad_values = _gradients(weights, grad_out, values, needs_values)
+            del weights  # before anything else is allocated
         else:
             weights = F.gelu(kept) if any(needs_values) else torch.empty_like(kept)
             grad_values = _gradients(weights, grad_out, values, needs_values)

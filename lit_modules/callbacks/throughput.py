@@ -29,7 +29,7 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self.samples = self.tokens = self.flops = 0
         self.seconds = 0.0  # as `train/seconds` counts them, validation and saving left out
-        self._paused_at: float | None = None
+        self._paused_at: tuple[float, float] | None = None  # the clock, and what the loader had been waited for
         self._paused = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -39,26 +39,26 @@ class Throughput(Callback):
         self._paused_at, self._paused = None, 0.0
 
     def _now(self, trainer: Trainer) -> tuple[float, int, int, int, float]:
-        waited = getattr(trainer.train_dataloader, "waited", 0.0)
-        return time.perf_counter(), self.samples, self.tokens, self.flops, waited
+        return time.perf_counter(), self.samples, self.tokens, self.flops, _waited(trainer)
 
     def leave_out(self, seconds: float) -> None:
         """Do not count so many seconds that have just passed as training."""
         if self._paused_at is None:
             self._paused += seconds
 
-    def on_validation_start(self, *_: Any) -> None:
-        self._pause()
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
+        self._pause(trainer)
 
-    def on_save_checkpoint(self, *_: Any) -> None:
-        self._pause()
+    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
+        self._pause(trainer)
 
-    def _pause(self) -> None:
-        self._paused_at = self._paused_at or time.perf_counter()
+    def _pause(self, trainer: Trainer) -> None:
+        self._paused_at = self._paused_at or (time.perf_counter(), _waited(trainer))
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if self._paused_at is not None:
-            self._paused += time.perf_counter() - self._paused_at
+            since, waited = self._paused_at
+            self._paused += time.perf_counter() - since - (_waited(trainer) - waited)  # its batch came after the pause
             self._paused_at = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -95,3 +95,7 @@ class Throughput(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples, self.tokens, self.flops = (state_dict[name] for name in ("samples", "tokens", "flops"))
         self.seconds = state_dict["seconds"]
+
+
+def _waited(trainer: Trainer) -> float:
+    return getattr(trainer.train_dataloader, "waited", 0.0)

@@ -4,13 +4,14 @@ import csv
 import importlib
 import inspect
 import math
+import subprocess
 
 import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.__main__ import CHECKED, NAMES
-from benchmarks.check import regressions
+from benchmarks.__main__ import CHECKED, NAMES, check, main
+from benchmarks.check import is_worse, pairs
 from benchmarks.gpt import GPT
 from benchmarks.harness import Case, Unavailable, benchmark, figures, in_turn, merged, reached, read_rows, round_ratios
 from benchmarks.page import PAGE, all_rows, table, with_table
@@ -23,6 +24,10 @@ PAIR = ("speed", "peer")
 def row(ratio=1.0, lowest=None, highest=None, goal=">= 0.9", setting="small", device="cpu"):
     found = Case(setting, {PAIR: goal}, device=device).rows(({PAIR: [lowest or ratio, ratio, highest or ratio]}, {}))[0]
     return found | {"command": "python"}
+
+
+def regressions(now, stored):
+    return [pair for pair in pairs(now, stored) if is_worse(*pair)]
 
 
 def not_measured(setting="small", device="cpu"):
@@ -136,6 +141,61 @@ def test_quick_measures_the_quick_cases_in_three_rounds(monkeypatch, tmp_path):
         ("speed", "small", "3.000"),
         ("memory", "small", "0.500"),
     ]
+
+
+def test_quick_does_not_replace_what_is_stored(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_benchmark(monkeypatch, tmp_path, measure_one, "--quick")
+    assert "give --results FOLDER" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_case_that_fails_loses_no_other(monkeypatch, tmp_path):
+    def measure(size, **places):
+        if size == 3:
+            raise MemoryError
+        return measure_one(size, **places)
+
+    with pytest.raises(MemoryError):
+        run_benchmark(monkeypatch, tmp_path, measure, "--results", str(tmp_path))
+    ratios = [row["ratio"] for row in read_rows(tmp_path / "speed.csv")]
+    assert ratios == ["5.000", "0.500", "not measured", "not measured"]
+
+
+@pytest.mark.parametrize(
+    ("measured", "complaint"),
+    [
+        ([[0.85], [0.85]], "1 of 1 ratios are more than 10 % worse"),
+        ([[0.85], [0.95]], None),  # noise: not twice
+        ([[0.95]], None),
+        ([[]], "0 of 0"),
+    ],
+)
+def test_the_check_fails_for_what_is_worse_twice_or_when_it_compares_nothing(monkeypatch, measured, complaint):
+    answers = iter([[(row(now), row(1.0)) for now in ratios] for ratios in measured])
+    monkeypatch.setattr("benchmarks.__main__.quick", lambda name: next(answers))
+    if complaint:
+        with pytest.raises(SystemExit, match=complaint):
+            check(["speed"])
+    else:
+        check(["speed"])
+    assert not list(answers)
+
+
+def test_a_benchmark_that_fails_does_not_stop_the_others(monkeypatch):
+    done = []
+
+    def run(name, *arguments):
+        done.append(name)
+        if name == "memory":
+            raise subprocess.CalledProcessError(1, name)
+
+    monkeypatch.setattr("benchmarks.__main__.run", run)
+    monkeypatch.setattr("benchmarks.plots.main", lambda: done.append("plots"))
+    monkeypatch.setattr("sys.argv", ["benchmarks", "memory", "vit"])
+    with pytest.raises(SystemExit, match="failed: memory"):
+        main()
+    assert done == ["memory", "vit", "plots"]
 
 
 def test_only_measures_what_is_named_and_keeps_the_rest(monkeypatch, tmp_path):

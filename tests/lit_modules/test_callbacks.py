@@ -109,22 +109,22 @@ def test_speed_counts_waiting_for_data_and_not_validation_or_saving(monkeypatch)
     for step in range(4):
         clock.now += 1
         loader.waited += 1
-        speed.on_train_batch_start()
+        speed.on_train_batch_start(trainer)
         clock.now += 2
         trainer.global_step += 1
         speed.on_train_batch_end(trainer, module, None, (torch.zeros(4, 25), None), step)
         if step == 0:
-            speed.on_validation_start()
+            speed.on_validation_start(trainer)
             clock.now += 50
-            speed.on_save_checkpoint()
+            speed.on_save_checkpoint(trainer)
             clock.now += 7
-    # 2 steps of 200 tokens in 6 s; what is between the pause and the next batch's start counts as pause
-    assert [row["train/tokens_per_second"] for row in logged] == pytest.approx([400 / 5, 400 / 6])
-    assert [row["train/images_per_second"] for row in logged] == pytest.approx([16 / 5, 16 / 6])
+    # 2 steps of 200 tokens in 6 s; the pause ends where the next batch is waited for
+    assert [row["train/tokens_per_second"] for row in logged] == pytest.approx([400 / 6, 400 / 6])
+    assert [row["train/images_per_second"] for row in logged] == pytest.approx([16 / 6, 16 / 6])
     assert [row["train/images"] for row in logged] == [16, 32]
-    assert [row["train/data_wait"] for row in logged] == pytest.approx([2 / 5, 2 / 6])
+    assert [row["train/data_wait"] for row in logged] == pytest.approx([2 / 6, 2 / 6])
     assert [row["train/flops"] for row in logged] == [2000, 4000]
-    assert [row["train/seconds"] for row in logged] == [5, 11]
+    assert [row["train/seconds"] for row in logged] == [6, 12]
 
 
 def test_growth_is_not_training_time(monkeypatch):
@@ -146,10 +146,10 @@ def test_growth_is_not_training_time(monkeypatch):
     speed.on_train_start(trainer, module)
     for step, validated in enumerate((False, True)):
         if validated:
-            speed.on_validation_start()
+            speed.on_validation_start(trainer)
         clock.now += 30
         speed.leave_out(30)
-        speed.on_train_batch_start()
+        speed.on_train_batch_start(trainer)
         clock.now += 2
         trainer.global_step += 1
         speed.on_train_batch_end(trainer, module, None, (torch.zeros(1, 100), None), step)
