@@ -2,7 +2,7 @@
 
     python -m benchmarks.data [--rounds 5] [--device cpu]
 
-Text: the standard library's, twelve times over for tokenization; the tokenizer is a BPE of 8192 trained on it. Tokenization is all of
+Text: the standard library's, twelve times over; the tokenizer is a BPE of 8192 trained on it. Tokenization is all of
 `prepare` (reading, encoding in one process a core, writing), against the tokenizers package's own batch encoding of the
 same documents, already in memory, in as many threads. The loader against random windows of the same file, stacked.
 """
