@@ -26,6 +26,11 @@ def checkpoint_of(run, step):
     return run / "checkpoints" / f"step-{step:08d}.ckpt"
 
 
+def saving(every):
+    """Options that save after every so many steps. Those of several processes take long."""
+    return [f"--checkpoint.every_n_train_steps={every}"]
+
+
 def contents(run, step=14):
     """All tensors of a checkpoint by name: weights, average, optimizer; whatever strategy wrote it."""
     path = checkpoint_of(run, step)

@@ -9,7 +9,7 @@ import yaml
 from lit_modules.cli import main
 from lit_modules.language import LanguageModule
 from lit_modules.optim import OptimConfig, lr_factor
-from tests.integration.growing import STAGES, checkpoint_of, config_of, contents, difference, fit, logged
+from tests.integration.growing import STAGES, checkpoint_of, config_of, contents, difference, fit, logged, saving
 from tests.integration.processes import run_in_processes
 from tests.integration.test_training import rows, write_config
 
@@ -142,15 +142,16 @@ def in_two_processes(corpus, tmp_path_factory):
         (folder / name).mkdir(parents=True)
         config = config_of(folder / name, corpus, **growth)
         whole = folder / name / "whole"
-        commands.append(fit(config, whole, *options))
+        commands.append(fit(config, whole, *options, *saving(every=2)))
         for step in (6, 8):
-            commands.append(fit(config, folder / name / f"from-{step}", *options, resume=checkpoint_of(whole, step)))
+            run, resume = folder / name / f"from-{step}", checkpoint_of(whole, step)
+            commands.append(fit(config, run, *options, *saving(every=14), resume=resume))
     # a run goes on in another strategy
     config = folder / "ddp/tiny.yaml"
     for step in (6, 8):
         for name, options, source in (("ddp-to-fsdp2", FULL, "ddp"), ("fsdp2-to-ddp", DDP, "fsdp2, full")):
             resume = checkpoint_of(folder / source / "whole", step)
-            commands.append(fit(config, folder / f"other/{name}-{step}", *options, resume=resume))
+            commands.append(fit(config, folder / f"other/{name}-{step}", *options, *saving(every=14), resume=resume))
     # and one that was grown offline
     main(["grow", str(checkpoint_of(one_process(corpus, folder), 6)), "--factor", "2", "--out", f"{folder}/grown.ckpt"])
     later = config_of(folder, corpus, stages=STAGES[1:])

@@ -13,7 +13,7 @@ from lit_modules.fsdp2 import FSDP2, check_shares
 from lit_modules.language import LanguageModule
 from lit_modules.optim import OptimConfig
 from tests.conftest import ROOT
-from tests.integration.growing import checkpoint_of, config_of, contents, difference, fit, logged
+from tests.integration.growing import checkpoint_of, config_of, contents, difference, fit, logged, saving
 from tests.integration.processes import run_in_processes
 from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.growth import pattention_layers
@@ -55,10 +55,16 @@ def runs(corpus, tmp_path_factory):
     exact = [*ONE_FILE, *BATCHES, *EXACT, *EMA]
     run_in_processes(
         [
-            fit(config, folder / "shared", *exact, write),
-            fit(config, folder / "from-one", *exact, resume=checkpoint_of(folder / "one", 8)),
-            fit(config, folder / "bf16", *accumulated),
-            fit(config, folder / "bf16-resumed", *accumulated, resume=checkpoint_of(folder / "bf16", 8)),
+            fit(config, folder / "shared", *exact, write, *saving(every=2)),
+            fit(config, folder / "from-one", *exact, *saving(every=14), resume=checkpoint_of(folder / "one", 8)),
+            fit(config, folder / "bf16", *accumulated, *saving(every=2)),
+            fit(
+                config,
+                folder / "bf16-resumed",
+                *accumulated,
+                *saving(every=14),
+                resume=checkpoint_of(folder / "bf16", 8),
+            ),
         ],
         num_processes=4,
     )
