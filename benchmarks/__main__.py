@@ -52,7 +52,9 @@ def check(names: Sequence[str]) -> None:
             failed += [pair for pair in quick(name) if key(pair[0]) in first and is_worse(*pair)]
     for row, stored in failed:
         print(*key(row), f"now {row['ratio']}, stored {stored['ratio']} ({stored['lowest']}-{stored['highest']})")
-    if failed or not count:
+    if not count:
+        sys.exit("nothing to compare: no quick row of these benchmarks has a stored ratio; run them without --check")
+    if failed:
         sys.exit(f"{len(failed)} of {count} ratios are more than 10 % worse than those of benchmarks/results")
     print(f"none of {count} ratios is more than 10 % worse than the stored one")
 

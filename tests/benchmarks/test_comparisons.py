@@ -168,7 +168,7 @@ def test_a_case_that_fails_loses_no_other(monkeypatch, tmp_path):
         ([[0.85], [0.85]], "1 of 1 ratios are more than 10 % worse"),
         ([[0.85], [0.95]], None),  # noise: not twice
         ([[0.95]], None),
-        ([[]], "0 of 0"),
+        ([[]], "nothing to compare"),
     ],
 )
 def test_the_check_fails_for_what_is_worse_twice_or_when_it_compares_nothing(monkeypatch, measured, complaint):

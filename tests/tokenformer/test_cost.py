@@ -32,15 +32,6 @@ TINY = {
 B, T = 4, 128
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Many small operations: on a busy machine threads that wait for each other take a hundred times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class LiveTensors(TorchDispatchMode):
     """Bytes of the storages that were made within it and still live, and their peak. Sees no scratch of kernels."""
 
