@@ -2,10 +2,12 @@
 
     python -m benchmarks [NAME ...] [--device cpu]
     python -m benchmarks --check [NAME ...]
+    python -m benchmarks gpu [--minutes 8] [--out FOLDER]
 
 `--check` measures the quick cases again, in three rounds, and fails where a ratio is more than 10 % worse than the
 stored one. Noise: only a median beyond the range of the stored rounds counts, and only if it is so twice in a row. It
-is of use on the machine that the stored figures are from, and on an idle one.
+is of use on the machine that the stored figures are from, and on an idle one. `gpu` takes the cases for a GPU in the order
+of their worth and stops in time.
 """
 
 import argparse
@@ -15,12 +17,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import plots
+from benchmarks import gpu, plots
 from benchmarks.check import is_worse, pairs
 from benchmarks.harness import RESULTS, ROOT, Row, key, read_rows
 
 NAMES = ("operator", "memory", "training", "context", "vit", "generation", "data", "optimizer", "start", "scaling")
-NAMES += ("growth", "images")
+NAMES += ("growth", "images", "correctness")
 CHECKED = ("operator", "memory", "training", "context", "vit", "generation", "data", "optimizer", "start", "growth")
 
 
@@ -61,6 +63,8 @@ def check(names: Sequence[str]) -> None:
 
 def main() -> None:
     """Parse the names, run them."""
+    if sys.argv[1:2] == ["gpu"]:
+        return gpu.main(sys.argv[2:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -37,7 +37,7 @@ def case(size: str, seq_len: int, tokens: int, vocab_size: int, device: str, qui
     """One size at one length."""
     precision = "bf16, compiled" if device == "cuda" else "float32"
     arguments = {"size": size, "seq_len": seq_len, "tokens": tokens, "vocab_size": vocab_size}
-    return Case(f"{size}, T {seq_len}, {precision}", {TIME: "within 10 %"}, arguments, device, quick)
+    return Case(f"{size}, T {seq_len}, {precision}", {TIME: "within 10 %"}, arguments, device, quick, seconds=60)
 
 
 CASES = [case("4.8M", T, 4096, 257, "cpu", quick=T == 256) for T in (256, 512, 1024, 2048, 4096)]

@@ -48,6 +48,7 @@ class Case:
         arguments: of the function that measures the case.
         device: cpu or cuda.
         quick: whether `make bench-check` measures it again.
+        seconds: what it may take on a GPU, compilation included: `benchmarks.gpu` starts nothing that would not end.
     """
 
     setting: str
@@ -55,6 +56,7 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     quick: bool = False
+    seconds: float = 60.0
 
     def rows(self, measured: Measured | None) -> list[Row]:
         """One a comparison; None for what was not measured."""
@@ -145,9 +147,8 @@ def benchmark(name: str, cases: Sequence[Case], measure: Callable[..., Measured]
     if args.quick and args.results == RESULTS:
         parser.error("--quick: give --results FOLDER, since three rounds do not replace what is stored")
     cases = [case for case in cases if case.quick or not args.quick]
-    path, found = args.results / f"{name}.csv", [case.rows(None) for case in cases]
-    stored = read_rows(path)
-    for place, case in enumerate(cases):
+    path = args.results / f"{name}.csv"
+    for case in cases:
         if case.device != args.device or args.only not in f"{case.goals} {case.setting}":
             continue
         measured = None
@@ -160,10 +161,23 @@ def benchmark(name: str, cases: Sequence[Case], measure: Callable[..., Measured]
                 print(f"{name}, {case.setting}: {missing}", file=sys.stderr)
         for row in case.rows(measured):
             print(*(f"{row[column]}" for column in COLUMNS), sep=" | ", flush=True)
-        if measured:
-            found[place] = [row | machine() for row in case.rows(measured)]
-        write_rows(path, merged([row for rows in found for row in rows], stored))  # a failure loses one case
+        # Now and not in the end: a failure loses one case.
+        store(path, cases, [row | machine() for row in case.rows(measured)] if measured else [])
     print(f"rows in {path}")
+
+
+def store(path: Path, cases: Sequence[Case], found: Sequence[Row], stored: Sequence[Row] | None = None) -> None:
+    """Write a file with a row for each comparison of these cases: as found, else as stored, else as not measured.
+
+    Args:
+        path: of the file.
+        cases: all of the benchmark.
+        found: rows that were measured now.
+        stored: rows from before; by default those in the file.
+    """
+    known = {key(row): row for row in (read_rows(path) if stored is None else stored) if is_measured(row)}
+    known |= {key(row): row for row in found}
+    write_rows(path, [known.get(key(row), row) for case in cases for row in case.rows(None)])
 
 
 def is_measured(row: Row) -> bool:
@@ -174,12 +188,6 @@ def is_measured(row: Row) -> bool:
 def key(row: Row) -> tuple[object, ...]:
     """What a row compares."""
     return tuple(row[name] for name in ("what", "against", "setting", "device"))
-
-
-def merged(rows: list[Row], stored: list[Row]) -> list[Row]:
-    """The rows, with the stored figures where nothing was measured this time: of the other device."""
-    known = {key(row): row for row in stored if is_measured(row)}
-    return [row if is_measured(row) else known.get(key(row), row) for row in rows]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -196,10 +204,12 @@ def write_rows(path: Path, rows: list[Row]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     last = machine()
     own = list(dict.fromkeys(name for row in rows for name in row if name not in last))
-    with path.open("w", newline="") as file:
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*own, *last], restval="")
         writer.writeheader()
         writer.writerows(rows)
+    part.replace(path)  # whole or not at all, whenever this process is killed
     return path
 
 

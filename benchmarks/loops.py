@@ -44,6 +44,11 @@ class Loop:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), fused=True)
 
+    def bytes(self) -> int:
+        """Of its parameters and the optimizer's state."""
+        states = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *states))
+
     def step(self) -> None:
         """One optimizer step."""
         batch = self.batches[self.steps % len(self.batches)]
@@ -112,20 +117,26 @@ def fit_arguments(config: LMConfig, data: TextDataModule, steps: int, log_every:
     return ["fit", "--config", str(QUICKSTART), *(f"--{key}={value}" for key, value in (sizes | settings).items())]
 
 
-def fit(arguments: list[str]) -> list[dict[str, float]]:
-    """Run `tokenformer fit` in this process; the lines of its log. What it prints is shown only if it fails."""
+def fit(arguments: list[str], run_dir: Path | None = None) -> list[dict[str, float]]:
+    """Run `tokenformer fit` in this process; the lines of its log. What it prints is shown only if it fails.
+
+    Args:
+        arguments: of the command line.
+        run_dir: what the run leaves behind; by default nothing.
+    """
     printed = io.StringIO()
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
+        run_dir = run_dir or Path(folder) / "run"
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-                tokenformer([*arguments, f"--run_dir={folder}/run"])
+                tokenformer([*arguments, f"--run_dir={run_dir}"])
         except (Exception, SystemExit):
             print(printed.getvalue())
             raise
         finally:
             logging.disable(logging.NOTSET)
-        return read_log(Path(folder) / "run")
+        return read_log(run_dir)
 
 
 def read_log(run_dir: Path) -> list[dict[str, float]]:

@@ -35,6 +35,7 @@ def case(size: str, batch_size: int, device: str = "cpu", quick: bool = False) -
         {"size": size, "batch_size": batch_size},
         device,
         quick,
+        seconds=60,
     )
 
 
@@ -55,15 +56,19 @@ def measure(size: str, batch_size: int, device: str, rounds: int, **sizes: Any) 
     for name, model in models.items():
         model.to(device).train()
         if on_gpu:
-            model.compile(dynamic=False)
+            for block in model.blocks if name == "timm" else model.backbone.blocks:
+                block.compile(dynamic=False)  # all of a size share one graph: seconds, where a whole model takes minutes
         loops[name] = Loop(model, partial(loss, model), [batch], "bf16-mixed" if on_gpu else "32-true")
-    trained = time_in_turn({name: loop.step for name, loop in loops.items()}, rounds)
+    repeats = 5 if on_gpu else 1
+    trained = time_in_turn({name: partial(loop.run, repeats) for name, loop in loops.items()}, rounds)
     for model in models.values():
         model.eval()
-    evaluated = time_in_turn({name: partial(evaluate, model, images) for name, model in models.items()}, rounds)
+    evaluations = {name: partial(evaluate, model, images, repeats) for name, model in models.items()}
+    evaluated = time_in_turn(evaluations, rounds)
     columns: Row = {f"{name}_params": sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     for what, seconds in (("train", trained), ("eval", evaluated)):
-        columns |= {f"{name}_{what}_per_s": f"{batch_size / statistics.median(s):.1f}" for name, s in seconds.items()}
+        speeds = {name: repeats * batch_size / statistics.median(found) for name, found in seconds.items()}
+        columns |= {f"{name}_{what}_per_s": f"{speed:.1f}" for name, speed in speeds.items()}
     return {TRAIN: round_ratios(trained, "timm", "ours"), EVALUATE: round_ratios(evaluated, "timm", "ours")}, columns
 
 
@@ -73,10 +78,11 @@ def loss(model: Any, images: torch.Tensor, classes: torch.Tensor) -> torch.Tenso
 
 
 @torch.no_grad()
-def evaluate(model: Any, images: torch.Tensor) -> None:
+def evaluate(model: Any, images: torch.Tensor, repeats: int) -> None:
     """Forward."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-        model(images)
+        for _ in range(repeats):
+            model(images)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def _forward(
         # the factor of a tiny row finite in float16.
         factor.copy_(wide_factor.clamp_max_(torch.finfo(kept.dtype).max))
         weights = F.gelu(kept.mul_(factor))
-    return _sum_of_products(weights, values, x.new_empty(len(x), values[0].shape[1])), kept, factor
+    return _sum_of_products(weights, values), kept, factor
 
 
 def _kept_again(group: ProcessGroup | None, x: Tensor, keys: Sequence[Tensor], factor: Tensor) -> Tensor:
@@ -200,10 +200,12 @@ def _write_products(left: Tensor, segments: Sequence[Tensor], buffer: Tensor) ->
     return buffer
 
 
-def _sum_of_products(buffer: Tensor, segments: Sequence[Tensor], out: Tensor) -> Tensor:
-    """Write the sum of columns @ segment to `out`."""
-    for i, (segment, columns) in enumerate(zip(segments, _columns(buffer, segments), strict=True)):
-        torch.addmm(out, columns, segment, beta=min(i, 1), out=out)
+def _sum_of_products(buffer: Tensor, segments: Sequence[Tensor]) -> Tensor:
+    """The sum of columns @ segment."""
+    first, *others = zip(_columns(buffer, segments), segments, strict=True)
+    out = torch.mm(*first)  # not by `out=`: what torch.compile of torch 2.11 makes of that has no gradient
+    for columns, segment in others:
+        out.addmm_(columns, segment)
     return out
 
 
@@ -284,7 +286,7 @@ class _L2NormGELU(torch.autograd.Function):
         if needs_tau:
             grad_tau = (r.sum() * kept.shape[1] / tau.to(r.dtype)).to(tau.dtype).view_as(tau)
         if needs_x:
-            grad_x = _sum_of_products(grad, keys, torch.empty_like(x))
+            grad_x = _sum_of_products(grad, keys)
             grad_x = grad_x if factor is None else grad_x.mul_(factor)
         if any(needs_keys):
             grad_keys = _gradients(grad, x if factor is None else x * factor, keys, needs_keys)

@@ -13,7 +13,7 @@ from benchmarks import harness
 from benchmarks.__main__ import CHECKED, NAMES, check, main
 from benchmarks.check import is_worse, pairs
 from benchmarks.gpt import GPT
-from benchmarks.harness import Case, Unavailable, benchmark, figures, in_turn, merged, reached, read_rows, round_ratios
+from benchmarks.harness import Case, Unavailable, benchmark, figures, in_turn, reached, read_rows, round_ratios, store
 from benchmarks.page import PAGE, all_rows, table, with_table
 from tests.conftest import ROOT
 from tokenformer import LMConfig
@@ -96,10 +96,14 @@ def test_what_was_not_measured_or_is_not_stored_is_no_regression():
     assert regressions([row(0.1)], [row(1.0, setting="large"), row(1.0, device="cuda")]) == []
 
 
-def test_a_run_keeps_the_figures_of_the_other_device_and_drops_rows_that_are_no_more():
-    stored = [row(1.0), row(2.0, device="cuda"), row(3.0, setting="gone")]
-    now = [row(1.5), not_measured(device="cuda"), not_measured("new", "cuda")]
-    assert merged(now, stored) == [now[0], stored[1], now[2]]
+def test_a_run_keeps_the_figures_of_the_other_device_and_drops_rows_that_are_no_more(tmp_path):
+    path = tmp_path / "speed.csv"
+    cases = [Case(setting, {PAIR: ">= 0.9"}, device=device) for setting, device in (("small", "cpu"), ("small", "cuda"))]
+    harness.write_rows(path, [row(1.0), row(2.0, device="cuda"), row(3.0, setting="gone")])
+    store(path, [*cases, Case("new", {PAIR: ">= 0.9"})], [row(1.5)])
+    found = [(line["setting"], line["device"], line["ratio"]) for line in read_rows(path)]
+    assert found == [("small", "cpu", "1.500"), ("small", "cuda", "2.000"), ("new", "cpu", harness.NOT_MEASURED)]
+    assert not list(tmp_path.glob("*.part"))
 
 
 def run_benchmark(monkeypatch, tmp_path, measure, *arguments):
@@ -272,6 +276,28 @@ def test_a_benchmark_in_its_smallest_form(name):
     assert all(other == pytest.approx(ours, rel=0.02) for other in others)
     if name == "memory, operator":
         assert columns["ours_bytes"] < columns["transcription_bytes"]
+
+
+def test_correctness_tells_right_from_wrong(monkeypatch):
+    from benchmarks import correctness
+
+    monkeypatch.setattr(correctness, "SHAPES", correctness.SHAPES[:2])
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+
+    def worst(**arguments):
+        ratios, _ = correctness.measure(**arguments, device="cpu", rounds=1)
+        assert any(case.goals.keys() == ratios.keys() for case in correctness.CASES)
+        return max(max(found) for found in ratios.values())
+
+    operators = [{"what": "operator", "precision": precision} for precision in correctness.OPERATOR_ERRORS]
+    compiled = {"what": "compile", "precision": "bf16-mixed"}
+    assert all(worst(**arguments) < 1 for arguments in (*operators, compiled))
+    assert worst(what="growth", precision="32-true") < 1
+    attend = correctness.attend
+    monkeypatch.setattr(correctness, "attend", lambda x, *others: attend(x, *others) + 0.1 * x)
+    assert all(worst(**arguments) > 1 for arguments in operators)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: self.register_forward_hook(lambda *_: _[-1].detach()))
+    assert worst(**compiled) > 1  # torch 2.11 once gave a loss that is right and no gradients
 
 
 def test_text_written_without_the_cache_is_that_of_generate():
