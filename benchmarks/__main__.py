@@ -6,8 +6,8 @@
 
 `--check` measures the quick cases again, in three rounds, and fails where a ratio is more than 10 % worse than the
 stored one. Noise: only a median beyond the range of the stored rounds counts, and only if it is so twice in a row. It
-is of use on the machine that the stored figures are from, and on an idle one. `gpu` takes the cases for a GPU in the order
-of their worth and stops in time.
+is of use on the machine that the stored figures are from, and on an idle one. `gpu` takes the cases for a GPU in the
+order of their worth, and stops in time.
 """
 
 import argparse

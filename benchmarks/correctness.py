@@ -8,7 +8,6 @@ the loss of a batch, and the same run resumed between the two; the compiled mode
 
 import csv
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 
 import torch

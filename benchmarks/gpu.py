@@ -25,8 +25,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import COLUMNS, RESULTS, ROOT, Case, Measured, Row, Unavailable, is_measured, key
-from benchmarks.harness import machine, read_rows, store
+from benchmarks.harness import (
+    COLUMNS,
+    RESULTS,
+    ROOT,
+    Case,
+    Measured,
+    Row,
+    Unavailable,
+    is_measured,
+    key,
+    machine,
+    read_rows,
+    store,
+)
 
 # Benchmarks in the order of their worth, each with a text that its cases have in their rows; then all the rest.
 ORDER = (

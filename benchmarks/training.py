@@ -11,6 +11,7 @@ import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -21,7 +22,8 @@ from tokenformer import LMConfig, TokenFormerLM
 
 FIT = "training tokens/s of `tokenformer fit`"
 BARE, PLAIN_GPT, TWIN = (FIT, "bare loop"), (FIT, "plain GPT"), (FIT, "its Transformer twin")
-MFU, WAIT, PEAK = ("MFU", "peak"), ("waiting for data", "training time"), ("peak memory of `tokenformer fit`", "plain GPT")
+MFU, WAIT = ("MFU", "peak"), ("waiting for data", "training time")
+PEAK = ("peak memory of `tokenformer fit`", "plain GPT")
 
 
 def sizes(depth: int, dim: int, num_heads: int, tokens: int, ffn_tokens: int) -> dict[str, int]:
@@ -125,10 +127,11 @@ def measure(
         theirs.compile(dynamic=False)
     ours_loop = Loop(ours, ours.loss, batches, precision)
     their_loop = Loop(theirs, theirs, batches, precision)
+    bare, plain = (partial(loop.samples_per_second, steps, data.tokens_per_batch) for loop in (ours_loop, their_loop))
     contenders = {
-        "fit": lambda: noting_peak("fit", lambda: through_fit(config)),
-        "bare": lambda: ours_loop.samples_per_second(steps, data.tokens_per_batch),
-        "gpt": lambda: noting_peak("gpt", lambda: their_loop.samples_per_second(steps, data.tokens_per_batch), their_loop),
+        "fit": lambda: noting_peak("fit", partial(through_fit, config)),
+        "bare": bare,
+        "gpt": lambda: noting_peak("gpt", plain, their_loop),
     }
     pairs = {BARE: "bare", PLAIN_GPT: "gpt"}
     if not on_gpu:

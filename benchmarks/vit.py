@@ -57,7 +57,7 @@ def measure(size: str, batch_size: int, device: str, rounds: int, **sizes: Any) 
         model.to(device).train()
         if on_gpu:
             for block in model.blocks if name == "timm" else model.backbone.blocks:
-                block.compile(dynamic=False)  # all of a size share one graph: seconds, where a whole model takes minutes
+                block.compile(dynamic=False)  # all share a graph: seconds, where a whole model takes minutes
         loops[name] = Loop(model, partial(loss, model), [batch], "bf16-mixed" if on_gpu else "32-true")
     repeats = 5 if on_gpu else 1
     trained = time_in_turn({name: partial(loop.run, repeats) for name, loop in loops.items()}, rounds)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -13,13 +12,14 @@ from benchmarks import gpu
 from benchmarks.harness import is_measured, read_rows
 from tests.conftest import ROOT
 
-TOY = '''
+TOY = """
 import os, time
 from pathlib import Path
 import torch
 from benchmarks.harness import Case
 
-CASES = [Case(f"{what} of NAME", {("speed", "peer"): ">= 1"}, {"what": what}, device="cpu", seconds=1) for what in WHATS]
+GOALS = {("speed", "peer"): ">= 1"}
+CASES = [Case(f"{what} of NAME", GOALS, {"what": what}, device="cpu", seconds=1) for what in WHATS]
 
 def measure(what, device, rounds):
     with Path(__file__).with_name("order.txt").open("a") as file:
@@ -33,7 +33,7 @@ def measure(what, device, rounds):
     if what == "sleep":
         time.sleep(60)
     return {("speed", "peer"): [float(rounds)]}, {}
-'''
+"""
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_cases_run_once_and_in_the_order_of_their_worth_and_are_not_measured_aga
     planned = plan(order, one=["a"], two=["a", "b"])
     rows = gpu.measure_all(planned, in_a_minute())
     assert ran() == ["b of two", "a of one", "a of two"]
-    stored = {name: [row for row in read_rows(planned.out / f"{name}.csv")] for name in ("one", "two")}
+    stored = {name: list(read_rows(planned.out / f"{name}.csv")) for name in ("one", "two")}
     assert [row["setting"] for row in stored["two"]] == ["a of two", "b of two"]
     assert [row["ratio"] for row in rows] == ["3.000"] * 3
     assert stored["one"][0]["command"].endswith(" gpu")
@@ -103,7 +103,8 @@ def test_a_case_that_fails_costs_no_other(toys, capsys):
     plan, ran = toys
     planned = plan((("one", ""),), one=["a", "error", "memory", "death", "b"])
     assert [row["setting"] for row in gpu.measure_all(planned, in_a_minute())] == ["a of one", "b of one"]
-    assert [row["setting"] for row in read_rows(planned.out / "one.csv") if is_measured(row)] == ["a of one", "b of one"]
+    stored = read_rows(planned.out / "one.csv")
+    assert [row["setting"] for row in stored if is_measured(row)] == ["a of one", "b of one"]
     table = capsys.readouterr().out.split("\n\n")[-1]
     assert "failed: speed, error of one: ValueError: a reason\n" in table
     assert "memory of one: RuntimeError: " in table
@@ -134,7 +135,7 @@ def test_what_hangs_is_ended_with_its_process(toys, monkeypatch, capsys):
 
 
 def test_a_kill_in_the_middle_loses_the_case_that_runs(toys, tmp_path):
-    plan, ran = toys
+    plan, _ran = toys
     planned = plan((("one", ""),), one=["a", "sleep"])
     script = f"""
 import sys, time
@@ -174,7 +175,7 @@ def test_the_order_has_every_case_for_a_gpu():
     assert set(places) == everything
     assert len(places) == len(everything)
     first = [name for name, _ in places]
-    assert [name for name in dict.fromkeys(first)][:6] == [
+    assert list(dict.fromkeys(first))[:6] == [
         "correctness",
         "operator",
         "memory",
