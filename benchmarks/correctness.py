@@ -2,12 +2,14 @@
 
     python -m benchmarks.correctness [--device cuda]
 
-The operator and its gradients against float64 at odd shapes; a tiny run that grows twice, with what each growth does to
-the loss of a batch, and the same run resumed between the two; the compiled model against the eager one.
+The operator, the loss and their gradients against float64 at odd shapes; a tiny run that grows twice, with what each
+growth does to the loss of a batch, and the same run resumed between the two; the compiled model against the eager one.
 """
 
 import csv
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,10 +19,12 @@ from torch.nn import functional as F
 from benchmarks.harness import Case, Measured, benchmark
 from benchmarks.loops import fit, fit_arguments, read_log, text
 from tokenformer import LMConfig, TokenFormerLM
+from tokenformer.loss import IGNORE, linear_cross_entropy
 from tokenformer.operator import attend
 
 ALLOWED = "what is allowed"
 OPERATOR, GRADIENTS = ("error of the operator", ALLOWED), ("error of its gradients", ALLOWED)
+LOSS, LOSS_GRADIENTS = ("error of the loss", ALLOWED), ("error of its gradients", ALLOWED)
 GROWTH, RESUME = ("loss moved by growth", ALLOWED), ("losses moved by a resume", ALLOWED)
 COMPILED = ("loss and gradients moved by torch.compile", ALLOWED)
 EXACT = "<= 1.0"
@@ -29,6 +33,7 @@ EXACT = "<= 1.0"
 OPERATOR_ERRORS = {"float64": 1e-12, "float32": 5e-6, "tf32": 3e-3, "bfloat16": 2.5e-2, "float16": 4e-3}
 # T, D, N of each segment: tiles that are not full, rows that begin anywhere, one token, the longest that grew.
 SHAPES = ((5, 16, (6, 1)), (33, 17, (30, 513, 1)), (257, 96, (2140,)), (1000, 768, (576,)), (64, 768, (8560, 25920)))
+LOSS_SHAPES = ((5, 16, 7), (100, 17, 257), (3000, 64, 50257))  # T, D, V: rows that begin anywhere, several blocks
 
 TINY = {"depth": 2, "dim": 64, "num_heads": 2, "qkv_tokens": 32, "proj_tokens": 32, "ffn_tokens": 64}
 STEPS, RESUMED_FROM = 12, 6
@@ -41,7 +46,17 @@ CASES = [
         {OPERATOR: EXACT, GRADIENTS: EXACT},
         {"what": "operator", "precision": precision},
         device="cuda",
-        seconds=20,
+        seconds=10,
+    )
+    for precision in OPERATOR_ERRORS
+]
+CASES += [
+    Case(
+        f"loss at odd shapes, {precision}",
+        {LOSS: EXACT, LOSS_GRADIENTS: EXACT},
+        {"what": "loss", "precision": precision},
+        device="cuda",
+        seconds=5,
     )
     for precision in OPERATOR_ERRORS
 ]
@@ -51,13 +66,13 @@ CASES += [
         {GROWTH: EXACT, RESUME: EXACT},
         {"what": "growth", "precision": precision},
         device="cuda",
-        seconds=30,
+        seconds=15,
     )
     for precision in PRECISIONS
 ]
 CASES += [
     Case(
-        "2 x 64, two sizes, bf16-mixed",
+        "2 x 64, bf16-mixed",
         {COMPILED: EXACT},
         {"what": "compile", "precision": "bf16-mixed"},
         device="cuda",
@@ -102,19 +117,49 @@ def operator_errors(T: int, D: int, sizes: tuple[int, ...], precision: str, devi
     return error(out, right), max(map(error, grads, right_grads))
 
 
-def operator(precision: str, device: str) -> Measured:
-    """The worst over all shapes."""
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """TF32 for `tf32` and for nothing else."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
-        found = [operator_errors(*shape, precision, device) for shape in SHAPES]
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def operator(precision: str, device: str) -> Measured:
+    """The worst over all shapes."""
+    with matmul_precision(precision):
+        found = [operator_errors(*shape, precision, device) for shape in SHAPES]
     allowed = OPERATOR_ERRORS[precision]
     forward, backward = (max(errors) for errors in zip(*found, strict=True))
     return {OPERATOR: [forward / allowed], GRADIENTS: [backward / (2 * allowed)]}, {
         "error": f"{forward:.2e}",
         "gradient_error": f"{backward:.2e}",
+    }
+
+
+def loss(precision: str, device: str) -> Measured:
+    """The worst over all shapes, with a target that does not count."""
+    worst = [0.0, 0.0]
+    dtype = getattr(torch, "float32" if precision == "tf32" else precision)
+    with matmul_precision(precision):
+        for T, D, V in LOSS_SHAPES:
+            hidden, weight = (torch.randn(n, D, dtype=torch.float64, device=device).to(dtype) for n in (T, V))
+            targets = torch.randint(V, (T,), device=device).index_fill(0, torch.tensor([1], device=device), IGNORE)
+            found = []
+            for inputs in ([hidden, weight], [hidden.double(), weight.double()]):
+                inputs = [tensor.requires_grad_() for tensor in inputs]
+                function = linear_cross_entropy if not found else lambda h, w, t: F.cross_entropy(h @ w.T, t)
+                nats = function(*inputs, targets)
+                found.append((nats, *torch.autograd.grad(nats, inputs)))
+            errors = list(map(error, *found))
+            worst = [max(worst[0], errors[0]), max(worst[1], *errors[1:])]
+    allowed = OPERATOR_ERRORS[precision]
+    return {LOSS: [worst[0] / allowed], LOSS_GRADIENTS: [worst[1] / (2 * allowed)]}, {
+        "error": f"{worst[0]:.2e}",
+        "gradient_error": f"{worst[1]:.2e}",
     }
 
 
@@ -155,32 +200,29 @@ def growth(precision: str, device: str, compiled: bool = False) -> Measured:
 
 
 def compiled_model(precision: str, device: str) -> Measured:
-    """Loss and gradients of a model and of its compiled twin, at two lengths."""
+    """Loss and gradients of a model and of its compiled twin."""
     assert precision == "bf16-mixed"
-    worst = 0.0
     torch.compiler.reset()
-    for T in (64, 48):
-        results = []
-        for compiled in (False, True):
-            torch.manual_seed(0)
-            model = TokenFormerLM(LMConfig(**TINY, max_seq_len=64, vocab_size=257, init="scaled")).to(device)  # type: ignore[arg-type]
-            ids = torch.randint(0, 257, (4, T + 1), generator=torch.Generator().manual_seed(T)).to(device)
-            if compiled:
-                for block in model.backbone.blocks:
-                    block.compile()
-            with torch.autocast(device, torch.bfloat16):
-                loss = model.loss(ids[:, :-1], ids[:, 1:])
-            grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
-            results.append([loss.detach(), *grads])
-        worst = max(worst, *(error(mine, right) for mine, right in zip(*reversed(results), strict=True)))
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = TokenFormerLM(LMConfig(**TINY, max_seq_len=64, vocab_size=257, init="scaled")).to(device)  # type: ignore[arg-type]
+        ids = torch.randint(0, 257, (4, 65), generator=torch.Generator().manual_seed(1)).to(device)
+        if compiled:
+            for block in model.backbone.blocks:
+                block.compile()
+        with torch.autocast(device, torch.bfloat16):
+            nats = model.loss(ids[:, :-1], ids[:, 1:])
+        results.append([nats, *torch.autograd.grad(nats, list(model.parameters()), materialize_grads=True)])
+    worst = max(error(mine, right) for mine, right in zip(*reversed(results), strict=True))
     return {COMPILED: [worst / (3 * OPERATOR_ERRORS["bfloat16"])]}, {"error": f"{worst:.2e}"}
 
 
 def measure(what: str, device: str, rounds: int, precision: str, compiled: bool = False) -> Measured:
-    """One of the three. One round: what is random has a seed."""
+    """One of the four. One round: what is random has a seed."""
     torch.manual_seed(0)
-    if what == "operator":
-        return operator(precision, device)
+    if what in ("operator", "loss"):
+        return (operator if what == "operator" else loss)(precision, device)
     return growth(precision, device, compiled) if what == "growth" else compiled_model(precision, device)
 
 

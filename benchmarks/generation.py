@@ -32,7 +32,7 @@ def case(name: str, sizes: dict[str, int], batch_size: int, length: int, device:
         {"sizes": sizes, "batch_size": batch_size, "length": length},
         device,
         quick,
-        seconds=15 + length / 4,
+        seconds=5 + length / 2,
     )
 
 

@@ -44,7 +44,7 @@ def cases(
             {"shape": (tokens, 768, 3072), "dtype": dtype},
             device,
             quick=True,
-            seconds=15,
+            seconds=5,
         )
         for dtype in ("float32", "bfloat16")
     ]

@@ -42,7 +42,7 @@ def case(device: str, shape: tuple[int, int, int], dtype: str, mode: str) -> Cas
     goals = {(what, MLP): GOALS.get((device, mode), "<= 1.10"), (what, TRANSCRIPTION): "<= 0.8", (what, PRODUCTS): ""}
     arguments = {"shape": shape, "dtype": dtype, "mode": mode}
     quick = device == "cpu" and mode == "eager" and (D, N) == (768, 3072)
-    return Case(f"T {T}, D {D}, N {N}, {dtype}", goals, arguments, device, quick, seconds=20 if mode == "eager" else 40)
+    return Case(f"T {T}, D {D}, N {N}, {dtype}", goals, arguments, device, quick, seconds=10 if mode == "eager" else 15)
 
 
 CASES = [

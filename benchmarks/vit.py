@@ -35,7 +35,7 @@ def case(size: str, batch_size: int, device: str = "cpu", quick: bool = False) -
         {"size": size, "batch_size": batch_size},
         device,
         quick,
-        seconds=60,
+        seconds=30,
     )
 
 

@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenformer.operator import autocast_dtype
+from tokenformer.operator import autocast_dtype, uses_kernels
 
 IGNORE = -100  # a target that does not count
 
 # Logits of one block: 128 MiB in float32. And its rows: their gradients must not add up past float16's range.
 BLOCK_LOGITS, BLOCK_ROWS = 2**25, 2**13
+# On a GPU there is nothing but the logits themselves, and each block costs a pass over the gradient of the weights.
+KERNEL_BLOCK_LOGITS = 2**27
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of ``softmax(hidden @ weight.T)`` over the targets that are not IGNORE.
 
-    Holds at most BLOCK_LOGITS logits at a time in float32, in the backward pass too. Follows autocast.
+    Holds at most BLOCK_LOGITS logits at a time in float32, in the backward pass too; on a GPU at most
+    KERNEL_BLOCK_LOGITS in the precision of `hidden`. Follows autocast.
 
     Args:
         hidden: (T, D).
@@ -54,17 +57,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        for rows in _blocks(len(targets), len(weight)):
-            target = targets[rows]
-            counts = target != IGNORE
-            index = target.where(counts, 0).unsqueeze(1)
-            log_probs = (hidden[rows] @ weight.T).to(wide).log_softmax(-1)
-            total -= log_probs.gather(1, index).squeeze(1).where(counts, 0).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            grad = log_probs.exp_()  # (rows, V), in place: softmax - one-hot where the target counts
-            grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
-            grad = grad.mul_(counts.unsqueeze(1)).to(hidden.dtype)
+        block = KERNEL_BLOCK_LOGITS if uses_kernels(hidden) else BLOCK_LOGITS
+        for rows in _blocks(len(targets), len(weight), block):
+            logits = hidden[rows] @ weight.T
+            nats, grad = _nats_and_grad(logits, targets[rows], needs_hidden or needs_weight)
+            total += nats
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -85,11 +82,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None
 
 
+def _nats_and_grad(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of logits (T, V), and its gradient for them. The logits are written over."""
+    if uses_kernels(logits):
+        from tokenformer.kernels import cross_entropy
+
+        return cross_entropy(logits, targets, IGNORE, needs_grad).sum(), logits
+    counts = targets != IGNORE
+    index = targets.where(counts, 0).unsqueeze(1)
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    nats = -log_probs.gather(1, index).squeeze(1).where(counts, 0).sum()
+    if not needs_grad:
+        return nats, logits
+    grad = log_probs.exp_()  # softmax - one-hot where the target counts, in place
+    grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
+    return nats, grad.mul_(counts.unsqueeze(1)).to(logits.dtype)
+
+
 @torch.no_grad()
 def token_nats_and_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each target and entropy of each prediction, both (T), in nats; 0 where the target is IGNORE."""
     nats, entropies = [], []
-    for rows in _blocks(len(targets), len(weight)):
+    for rows in _blocks(len(targets), len(weight), BLOCK_LOGITS):
         logits = F.linear(hidden[rows], weight)
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         counts = targets[rows] != IGNORE
@@ -99,6 +113,6 @@ def token_nats_and_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> t
     return torch.cat(nats), torch.cat(entropies)
 
 
-def _blocks(num_rows: int, vocab_size: int) -> list[slice]:
-    size = max(1, min(BLOCK_LOGITS // vocab_size, BLOCK_ROWS))
+def _blocks(num_rows: int, vocab_size: int, num_logits: int) -> list[slice]:
+    size = max(1, min(num_logits // vocab_size, BLOCK_ROWS))
     return [slice(start, start + size) for start in range(0, num_rows, size)]

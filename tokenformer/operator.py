@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 ScoreNorm = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 
@@ -100,15 +99,14 @@ def _as_given(
     if score_norm == "l2_norm_gelu":
         tau = scale if isinstance(scale, Tensor) else torch.full((1,), scale, dtype=torch.float64, device=x.device)
         x_TD = x.reshape(-1, x.shape[-1])
-        if torch.compiler.is_compiling():  # writing to columns of a buffer would break its graph
+        as_op = _as_op(group)
+        if torch.compiler.is_compiling() and not as_op:  # writing to columns of a buffer would break its graph
             keys, values = [_joined(keys)], [_joined(values)]
         tensors = (x_TD, tau, *keys, *values)
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-            out_TD = _forward(group, x_TD, tau, keys, values)[0]
-        elif recompute and torch.compiler.is_compiling():  # which would see that the scores are the same, and keep them
-            out_TD = checkpoint(_L2NormGELU.apply, group, False, *tensors, use_reentrant=False)
-        else:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             out_TD = _L2NormGELU.apply(group, recompute, *tensors)
+        else:
+            out_TD = _forward_op(x_TD, tau, keys, values)[0] if as_op else _forward(group, x_TD, tau, keys, values)[0]
         return out_TD.view(*x.shape[:-1], out_TD.shape[-1])
     if group is not None:
         raise ValueError(f"score_norm={score_norm!r}: only l2_norm_gelu divides its tokens among devices")
@@ -143,16 +141,24 @@ def _norm(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return norm
 
 
-def _uses_kernels(x: Tensor, group: ProcessGroup | None) -> bool:
-    """Whether Triton kernels do what is done to rows. torch.compile makes its own from torch's functions."""
+def uses_kernels(x: Tensor, group: ProcessGroup | None = None) -> bool:
+    """Whether Triton kernels do what is done to rows of scores or logits."""
     narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return x.is_cuda and HAS_TRITON and narrow and group is None and not torch.compiler.is_compiling()
+    return x.is_cuda and HAS_TRITON and narrow and group is None
+
+
+def _as_op(group: ProcessGroup | None) -> bool:
+    """Whether torch.compile sees one op, and not what is in it.
+
+    Of what is in it, torch 2.11 makes kernels for a GPU that take four times as long as ours, and keeps two buffers.
+    """
+    return torch.compiler.is_dynamo_compiling() and group is None  # not in torch.export: a file needs no code of ours
 
 
 def _empty_scores(x: Tensor, keys: Sequence[Tensor], group: ProcessGroup | None) -> Tensor:
     """A buffer (T, N)."""
     N = sum(len(segment) for segment in keys)
-    if _uses_kernels(x, group):
+    if uses_kernels(x, group):
         from tokenformer.kernels import empty_scores
 
         return empty_scores(x, N)
@@ -166,9 +172,9 @@ def _forward(
 
     It holds the GELU's input z = tau A / |A|, or A where kernels multiply by the factor while they read.
     """
-    kept = _write_products(x, keys, _empty_scores(x, keys, group))
+    kept = _scores(x, keys, group)
     factor = x.new_empty(len(x), 1)
-    if _uses_kernels(x, group):
+    if uses_kernels(x, group):
         from tokenformer.kernels import norm_gelu
 
         weights = norm_gelu(kept, tau, factor)
@@ -184,13 +190,20 @@ def _forward(
 
 def _kept_again(group: ProcessGroup | None, x: Tensor, keys: Sequence[Tensor], factor: Tensor) -> Tensor:
     """What :func:`_forward` keeps, bit for bit."""
-    kept = _write_products(x, keys, _empty_scores(x, keys, group))
-    return kept if _uses_kernels(x, group) else kept.mul_(factor)
+    kept = _scores(x, keys, group)
+    return kept if uses_kernels(x, group) else kept.mul_(factor)
 
 
 def _columns(buffer: Tensor, segments: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The columns of a (T, N) buffer that belong to each segment."""
     return (buffer,) if len(segments) == 1 else buffer.split([len(segment) for segment in segments], dim=1)
+
+
+def _scores(x: Tensor, keys: Sequence[Tensor], group: ProcessGroup | None) -> Tensor:
+    """X @ keys.T, (T, N)."""
+    if len(keys) == 1 and not uses_kernels(x, group):
+        return x @ keys[0].T  # which torch.export can take along, unlike `out=`
+    return _write_products(x, keys, _empty_scores(x, keys, group))
 
 
 def _write_products(left: Tensor, segments: Sequence[Tensor], buffer: Tensor) -> Tensor:
@@ -221,15 +234,107 @@ def _norm_gelu_backward(grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGrou
     """Turn `grad` (T, N) from dL/dweights to |A| / tau * dL/dA, in place; return r / N (T, 1), at least float32."""
     torch.ops.aten.gelu_backward.grad_input(grad, z, grad_input=grad)  # dL/dz
     wide, num_tokens = torch.promote_types(z.dtype, torch.float32), z.shape[1]
-    if torch.compiler.is_compiling():  # which makes one kernel of the row's sum and all around it
-        r = (grad.to(wide) * z.to(wide)).sum(-1, keepdim=True) / num_tokens
-    else:  # a batch of dot products: no T x N temporary, and dividing by N in there keeps it in float16's range
-        zero = grad.new_zeros(())
-        r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2).to(wide)
+    # A batch of dot products: no T x N temporary, and dividing by N in there keeps it in float16's range.
+    zero = grad.new_zeros(())
+    r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2).to(wide)
     if group is not None:
         distributed.all_reduce(r, group=group)
     grad.addcmul_(z, (r * (-num_tokens / tau.to(r.dtype) ** 2)).to(z.dtype))
     return r
+
+
+def _backward(
+    group: ProcessGroup | None,
+    grad_out: Tensor,
+    x: Tensor,
+    tau: Tensor,
+    factor: Tensor | None,
+    kept: Tensor | None,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x, tau, keys and values, where `needed`; `kept` and `factor` are those of :func:`_forward`.
+
+    Paper, App. A: with z = tau A / |A|, g = dL/dz and r = g . z per row,
+        dL/dA = (tau / |A|) (g - z r / tau^2),    dL/dtau = sum r / tau.
+    The factor tau / |A| belongs to a row, so it is applied to T x D matrices instead of T x N ones. Kernels have it for
+    nothing while they write dL/dA, except in float16, whose range that may leave.
+    """
+    assert factor is not None
+    needs_x, needs_tau, *needs_segments = needed
+    needs_keys, needs_values = needs_segments[: len(keys)], needs_segments[len(keys) :]
+    needs_scores = needs_x or needs_tau or any(needs_keys)
+    if kept is None:
+        kept = _kept_again(group, x, keys, factor)
+    if uses_kernels(x, group):
+        from tokenformer.kernels import norm_gelu_backward
+
+        grad = _scores(grad_out, values, group)  # dL/dweights
+        weights, r, factor = norm_gelu_backward(grad, kept, tau, factor)
+        grad_values = _gradients(weights, grad_out, values, needs_values)
+        del weights  # before anything else is allocated
+    else:
+        weights = F.gelu(kept) if any(needs_values) else torch.empty_like(kept)
+        grad_values = _gradients(weights, grad_out, values, needs_values)
+        if needs_scores:
+            grad = _write_products(grad_out, values, weights)  # over the weights
+            r = _norm_gelu_backward(grad, kept, tau, group)
+    grad_x = grad_tau = None
+    grad_keys: list[Tensor | None] = [None] * len(keys)
+    if needs_tau:
+        grad_tau = (r.sum() * kept.shape[1] / tau.to(r.dtype)).to(tau.dtype).view_as(tau)
+    if needs_x:
+        grad_x = _sum_of_products(grad, keys)
+        grad_x = grad_x if factor is None else grad_x.mul_(factor)
+    if any(needs_keys):
+        grad_keys = _gradients(grad, x if factor is None else x * factor, keys, needs_keys)
+    return [grad_x, grad_tau, *grad_keys, *grad_values]
+
+
+@torch.library.custom_op("tokenformer::attend", mutates_args=())
+def _forward_op(
+    x: Tensor, tau: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_forward` in one process, for torch.compile."""
+    return _forward(None, x, tau, keys, values)
+
+
+@_forward_op.register_fake
+def _(x: Tensor, tau: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    out = x.new_empty(len(x), values[0].shape[1])
+    return out, _empty_scores(x, keys, None), x.new_empty(len(x), 1)
+
+
+@torch.library.custom_op("tokenformer::attend_backward", mutates_args=())
+def _backward_op(
+    grad_out: Tensor,
+    x: Tensor,
+    tau: Tensor,
+    factor: Tensor,
+    kept: Tensor | None,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """:func:`_backward` in one process, for torch.compile; empty where nothing is needed."""
+    found = _backward(None, grad_out, x, tau, factor, kept, keys, values, needed)
+    return [x.new_empty(0) if grad is None else grad for grad in found]
+
+
+@_backward_op.register_fake
+def _(
+    grad_out: Tensor,
+    x: Tensor,
+    tau: Tensor,
+    factor: Tensor,
+    kept: Tensor | None,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    inputs = (x, tau, *keys, *values)
+    return [torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(inputs, needed, strict=True)]
 
 
 class _L2NormGELU(torch.autograd.Function):
@@ -238,11 +343,6 @@ class _L2NormGELU(torch.autograd.Function):
     Keys and values come in segments, all keys and then all values; each has its columns of that buffer, so that
     nothing is concatenated. Where a group of processes shares the tokens, the squared norm is added up over it, and so
     is r in the backward pass.
-
-    Backward (paper, App. A): with z = tau A / |A|, g = dL/dz and r = g . z per row,
-        dL/dA = (tau / |A|) (g - z r / tau^2),    dL/dtau = sum r / tau.
-    The factor tau / |A| belongs to a row, so it is applied to T x D matrices instead of T x N ones. Kernels, those of
-    torch.compile too, have it for nothing while they write dL/dA, except in float16, whose range that may leave.
     """
 
     @staticmethod
@@ -250,7 +350,11 @@ class _L2NormGELU(torch.autograd.Function):
         ctx: Any, group: ProcessGroup | None, recompute: bool, x: Tensor, tau: Tensor, *keys_and_values: Tensor
     ) -> Tensor:
         half = len(keys_and_values) // 2
-        out, kept, factor = _forward(group, x, tau, keys_and_values[:half], keys_and_values[half:])
+        keys, values = list(keys_and_values[:half]), list(keys_and_values[half:])
+        if _as_op(group):
+            out, kept, factor = _forward_op(x, tau, keys, values)
+        else:
+            out, kept, factor = _forward(group, x, tau, keys, values)
         ctx.group = group
         ctx.save_for_backward(x, tau, factor, None if recompute else kept, *keys_and_values)
         return out
@@ -260,37 +364,11 @@ class _L2NormGELU(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, tau, factor, kept, *keys_and_values = ctx.saved_tensors
         half = len(keys_and_values) // 2
-        keys, values = keys_and_values[:half], keys_and_values[half:]
-        _, _, needs_x, needs_tau, *needs_segments = ctx.needs_input_grad
-        needs_keys, needs_values = needs_segments[:half], needs_segments[half:]
-        needs_scores = needs_x or needs_tau or any(needs_keys)
-        if kept is None:
-            kept = _kept_again(ctx.group, x, keys, factor)
-        if _uses_kernels(x, ctx.group):
-            from tokenformer.kernels import norm_gelu_backward
-
-            grad = _write_products(grad_out, values, _empty_scores(x, keys, None))  # dL/dweights
-            weights, r, factor = norm_gelu_backward(grad, kept, tau, factor)
-            grad_values = _gradients(weights, grad_out, values, needs_values)
-            del weights  # before anything else is allocated
-        else:
-            weights = F.gelu(kept) if any(needs_values) else torch.empty_like(kept)
-            grad_values = _gradients(weights, grad_out, values, needs_values)
-            if needs_scores:
-                grad = _write_products(grad_out, values, weights)  # over the weights
-                r = _norm_gelu_backward(grad, kept, tau, ctx.group)
-                if torch.compiler.is_compiling() and x.dtype != torch.float16:
-                    grad, factor = grad * factor, None
-        grad_x = grad_tau = None
-        grad_keys: list[Tensor | None] = [None] * half
-        if needs_tau:
-            grad_tau = (r.sum() * kept.shape[1] / tau.to(r.dtype)).to(tau.dtype).view_as(tau)
-        if needs_x:
-            grad_x = _sum_of_products(grad, keys)
-            grad_x = grad_x if factor is None else grad_x.mul_(factor)
-        if any(needs_keys):
-            grad_keys = _gradients(grad, x if factor is None else x * factor, keys, needs_keys)
-        return None, None, grad_x, grad_tau, *grad_keys, *grad_values
+        keys, values, needed = keys_and_values[:half], keys_and_values[half:], list(ctx.needs_input_grad[2:])
+        if _as_op(ctx.group):
+            found = _backward_op(grad_out, x, tau, factor, kept, keys, values, needed)
+            return None, None, *(grad if need else None for grad, need in zip(found, needed, strict=True))
+        return None, None, *_backward(ctx.group, grad_out, x, tau, factor, kept, keys, values, needed)
 
 
 def copy_to_group(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -282,6 +282,7 @@ def test_correctness_tells_right_from_wrong(monkeypatch):
     from benchmarks import correctness
 
     monkeypatch.setattr(correctness, "SHAPES", correctness.SHAPES[:2])
+    monkeypatch.setattr(correctness, "LOSS_SHAPES", correctness.LOSS_SHAPES[:2])
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
 
     def worst(**arguments):
@@ -289,12 +290,15 @@ def test_correctness_tells_right_from_wrong(monkeypatch):
         assert any(case.goals.keys() == ratios.keys() for case in correctness.CASES)
         return max(max(found) for found in ratios.values())
 
-    operators = [{"what": "operator", "precision": precision} for precision in correctness.OPERATOR_ERRORS]
+    whats = ("operator", "loss")
+    operators = [{"what": what, "precision": name} for what in whats for name in correctness.OPERATOR_ERRORS]
     compiled = {"what": "compile", "precision": "bf16-mixed"}
     assert all(worst(**arguments) < 1 for arguments in (*operators, compiled))
     assert worst(what="growth", precision="32-true") < 1
     attend = correctness.attend
     monkeypatch.setattr(correctness, "attend", lambda x, *others: attend(x, *others) + 0.1 * x)
+    cross_entropy = correctness.linear_cross_entropy
+    monkeypatch.setattr(correctness, "linear_cross_entropy", lambda x, *others: 1.1 * cross_entropy(x, *others))
     assert all(worst(**arguments) > 1 for arguments in operators)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: self.register_forward_hook(lambda *_: _[-1].detach()))
     assert worst(**compiled) > 1  # torch 2.11 once gave a loss that is right and no gradients

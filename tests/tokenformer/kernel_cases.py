@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import tokenformer.loss as loss_module
 import tokenformer.operator as operator_module
 from tokenformer import Pattention
 from tokenformer.growth import append_tokens
-from tokenformer.kernels import norm_gelu, norm_gelu_backward
+from tokenformer.kernels import cross_entropy, norm_gelu, norm_gelu_backward
+from tokenformer.loss import IGNORE, linear_cross_entropy
 from tokenformer.operator import attend
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -19,7 +21,8 @@ ERROR = {torch.float32: 2e-6, torch.bfloat16: 2.5e-2, torch.float16: 2e-3}
 
 
 def use_kernels(monkeypatch, on=True):
-    monkeypatch.setattr(operator_module, "_uses_kernels", lambda x, group: on)
+    for module in (operator_module, loss_module):
+        monkeypatch.setattr(module, "uses_kernels", lambda x, group=None: on)
 
 
 def numbers(*shape, seed=0):
@@ -155,3 +158,53 @@ def test_layer_with_a_shared_norm_and_norms_of_their_own(monkeypatch):
         both.append([out, *(p.grad for p in layer.parameters())])
     for mine, right in zip(*both, strict=True):
         assert error(mine, right.double()) < 1e-5
+
+
+def test_compiled_operator_is_the_same_op(monkeypatch):
+    """Bit for bit, with segments and without a graph break: what torch.compile sees is one op."""
+    use_kernels(monkeypatch)
+    tensors = inputs(torch.bfloat16, (30, 513))
+    eager = results(tensors)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    for recompute in (False, True):
+        monkeypatch.setitem(results.__globals__, "attend", compiled)
+        again = results(tensors, recompute=recompute)
+        assert all(torch.equal(a, b) for a, b in zip(eager, again, strict=True))
+
+
+@pytest.mark.parametrize("V", [7, 257, 2048, 5000])
+@pytest.mark.parametrize("dtype", ERROR)
+def test_cross_entropy_and_its_gradient(dtype, V):
+    logits = (20 * numbers(6, V)).to(dtype)
+    logits[2] -= 1000  # far from what float32 can take the exponential of
+    targets = torch.tensor([0, IGNORE, V - 1, V // 2, 3, 5], device=DEVICE)
+    wide = logits.double().requires_grad_()
+    right = F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="none")
+    right.sum().backward()
+    sheet = torch.full((8, V + 9), 7.0, dtype=dtype, device=DEVICE)  # rows that begin anywhere, others beside them
+    mine = sheet[1:7, 4 : V + 4]
+    mine.copy_(logits)
+    assert torch.equal(cross_entropy(mine, targets, IGNORE, False), cross_entropy(mine.clone(), targets, IGNORE, True))
+    assert torch.equal(mine, logits)
+    nats = cross_entropy(mine, targets, IGNORE, True)
+    assert nats[1] == 0
+    assert (nats.double() - right).abs().max() < 1e-4
+    assert (mine[1] == 0).all()
+    assert error(mine, wide.grad) < ERROR[dtype]
+    mine.fill_(7)
+    assert (sheet == 7).all()
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+def test_loss_is_that_of_torch(monkeypatch, dtype):
+    monkeypatch.setattr(loss_module, "KERNEL_BLOCK_LOGITS", 2 * 300)  # two rows and one
+    hidden, weight = (numbers(n, 16, seed=n).to(dtype).requires_grad_() for n in (5, 300))
+    targets = torch.tensor([1, IGNORE, 299, 0, 17], device=DEVICE)
+    found = []
+    for on in (True, False):
+        use_kernels(monkeypatch, on)
+        loss = linear_cross_entropy(hidden, weight, targets)
+        found.append([loss, *torch.autograd.grad(loss, (hidden, weight))])
+    for mine, right in zip(*found, strict=True):
+        assert mine.dtype == right.dtype
+        assert error(mine, right.double()) < ERROR[dtype]

@@ -34,7 +34,7 @@ def test_on_a_gpu():
 
 def test_operator_takes_them_where_they_are_right(monkeypatch):
     def taken(dtype=torch.bfloat16, is_cuda=True, group=None):
-        return operator_module._uses_kernels(SimpleNamespace(is_cuda=is_cuda, dtype=dtype), group)
+        return operator_module.uses_kernels(SimpleNamespace(is_cuda=is_cuda, dtype=dtype), group)
 
     monkeypatch.setattr(operator_module, "HAS_TRITON", True)
     assert taken()
