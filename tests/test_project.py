@@ -1,6 +1,8 @@
 """The project's own files agree with each other."""
 
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -56,3 +58,46 @@ def test_readme_python_runs():
     assert blocks
     for block in blocks:
         exec(block, {})
+
+
+# Imports everything where only that is found which the requirements, without extras of ours, bring along.
+ONLY_REQUIRED = """
+import importlib, re, sys
+from importlib.machinery import PathFinder
+from importlib.metadata import packages_distributions, requires
+from packaging.requirements import Requirement
+
+brought, of_module = {("tokenformer", "")}, packages_distributions()
+
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+def bring(requirement):
+    for extra in ("", *requirement.extras):
+        if (plain(requirement.name), extra) not in brought:
+            brought.add((plain(requirement.name), extra))
+            for inner in map(Requirement, requires(requirement.name) or ()):
+                if inner.marker is None or inner.marker.evaluate({"extra": extra}):
+                    bring(inner)
+
+class OnlyRequired:
+    def find_spec(name, *path):
+        owners = of_module.get(name, ["tokenformer"])
+        return PathFinder.find_spec(name, *path) if {plain(owner) for owner in owners} & names else None
+
+for line in sys.argv[1:]:
+    bring(Requirement(line))
+names = {name for name, _ in brought} | {"setuptools"}
+sys.meta_path[sys.meta_path.index(PathFinder)] = OnlyRequired
+import benchmarks.gpu, lit_modules.cli
+for name in {name for name, _ in benchmarks.gpu.ORDER}:
+    importlib.import_module(f"benchmarks.{name}")
+assert importlib.util.find_spec("pytest") is None
+"""
+
+
+def test_the_required_packages_are_enough_to_import_everything():
+    """As on a machine without the optional parts of what is required, such as a bare one with a GPU."""
+    command = [sys.executable, "-c", ONLY_REQUIRED, *PROJECT["project"]["dependencies"]]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

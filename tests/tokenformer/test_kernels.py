@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,27 +49,43 @@ def test_operator_takes_them_where_they_are_right(monkeypatch):
 
 
 @pytest.mark.skipif(not operator_module.HAS_TRITON, reason="needs Triton, which is not installed")
-@pytest.mark.parametrize("name", ["_norm_gelu", "_norm_gelu_backward"])
-def test_compiles_for_a_gpu_with_wide_accesses(name):
-    """Which needs none: for an H200, N 2140 in rows of 2144, bfloat16. Each access to a row is of 16 bytes."""
+@pytest.mark.parametrize(
+    ("name", "wide", "narrow"),
+    [
+        ("_norm_gelu", 3, 2),  # narrow: tau, the factor
+        ("_norm_gelu_backward", 7, 3),  # narrow: tau, the factor, r
+        ("_cross_entropy", 3, 3),  # narrow: the target, its logit, the nats
+    ],
+)
+def test_compiles_for_a_gpu_with_wide_accesses_and_without_spills(name, wide, narrow):
+    """Which needs none: for an H200, rows of 2144 in bfloat16. Each access to a row is of 16 bytes."""
+    import triton.backends.nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     from tokenformer import kernels
 
     kernel = getattr(kernels, name)
-    types = {"tau": "*fp64", "r": "*fp32", "N": "i32", "stride": "i32", "LARGEST": "fp32"}
-    constants = {"OUTSIDE": False, "TILE": 1024}
+    numbers = {"N": "i32", "V": "i32", "stride": "i32", "IGNORE": "i32", "LARGEST": "fp32"}
+    types = numbers | {"tau": "*fp64", "r": "*fp32", "targets": "*i64", "nats": "*fp32"}
+    constants = {"OUTSIDE": False, "GRAD": True, "TILE": 1024}
     signature = {a: "constexpr" if a in constants else types.get(a, "*bf16") for a in kernel.arg_names}
-    aligned = [i for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*") or a == "stride"]
+    aligned = [i for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*") or a in ("stride", "V")]
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(kernel.arg_names.index(a),): c for a, c in constants.items() if a in signature},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    assembly = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
-    accesses = re.findall(r"(?:ld|st)\.global\S*", assembly)
-    narrow = [access for access in accesses if not access.endswith(".v4.b32")]
-    assert len(accesses) - len(narrow) == {"_norm_gelu": 3, "_norm_gelu_backward": 7}[name]
-    assert len(narrow) == {"_norm_gelu": 2, "_norm_gelu_backward": 3}[name]  # tau, the factor, r
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    accesses = re.findall(r"(?:ld|st)\.global\S*", compiled.asm["ptx"])
+    sixteen = [access for access in accesses if access.endswith(".v4.b32")]
+    assert (len(sixteen), len(accesses) - len(sixteen)) == (wide, narrow)
+    cuobjdump = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(re.search(r"REG:(\d+)", usage)[1]) <= 64
+    assert " STACK:0 " in usage
+    assert " LOCAL:0 " in usage

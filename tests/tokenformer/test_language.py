@@ -301,3 +301,12 @@ BAD_CONFIGS = [
 def test_bad_sizes_are_refused_with_a_fix(change, message):
     with pytest.raises(ValueError, match=message):
         LMConfig(**TINY | change)
+
+
+def test_torch_export_takes_a_model_along():
+    """As a file that needs no code of ours: what torch.compile sees as one op is written out."""
+    model = TokenFormerLM(LMConfig(**TINY)).eval()
+    ids = torch.arange(8).unsqueeze(0)
+    exported = torch.export.export(model, (ids,))
+    assert not [node for node in exported.graph.nodes if "tokenformer" in str(node.target)]
+    assert torch.equal(exported.module()(ids + 1), model(ids + 1))
