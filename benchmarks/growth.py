@@ -12,7 +12,8 @@ import time
 import torch
 
 from benchmarks.harness import Case, Measured, benchmark, round_ratios, time_in_turn
-from lit_modules.optim import OptimConfig, adamw, param_groups, regroup
+from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.groups import adamw, param_groups, update_param_groups
 from tokenformer import LMConfig, TokenFormerLM, grow
 
 SMALL = {"qkv_tokens": 576, "proj_tokens": 576, "ffn_tokens": 2304}
@@ -47,7 +48,7 @@ def seconds_of_growth(init: str) -> float:
     optimizer.step()
     start = time.perf_counter()
     grow(model, **LARGE, init=init)  # type: ignore[arg-type]
-    regroup(optimizer, param_groups(model, 0.1))
+    update_param_groups(optimizer, param_groups(model, 0.1))
     optimizer.zero_grad()
     return time.perf_counter() - start
 

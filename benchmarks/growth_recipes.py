@@ -21,7 +21,9 @@ from torch import nn
 
 from benchmarks.harness import RESULTS, write_csv
 from datamodules.text import TextDataModule
-from lit_modules.optim import OptimConfig, adamw, lr_scheduler, param_groups
+from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.groups import adamw, param_groups
+from lit_modules.optim.schedule import lr_scheduler
 from tokenformer import LMConfig, TokenFormerLM, grow
 from tokenformer.growth import anneal_taus
 

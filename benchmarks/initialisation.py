@@ -15,7 +15,9 @@ import torch
 
 from benchmarks.harness import write_csv
 from datamodules.text import TextDataModule
-from lit_modules.optim import OptimConfig, adamw, lr_scheduler, param_groups
+from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.groups import adamw, param_groups
+from lit_modules.optim.schedule import lr_scheduler
 from tokenformer import LMConfig, TokenFormerLM
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Case, Measured, benchmark, round_ratios, time_in_turn
-from lit_modules.optim import OptimConfig, adamw, param_groups, regroup
+from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.groups import adamw, param_groups, update_param_groups
 from tokenformer import LMConfig, TokenFormerLM, grow
 
 STEP = ("optimizer step", "fused AdamW, one buffer")
@@ -49,7 +50,7 @@ def measure(
     optimizer = adamw(param_groups(model, 0.1), OptimConfig(), fused=True)
     for tokens, ffn_tokens in stages[1:]:
         grow(model, qkv=tokens, proj=tokens, ffn=ffn_tokens)
-        regroup(optimizer, param_groups(model, 0.1))
+        update_param_groups(optimizer, param_groups(model, 0.1))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     peer = flat(model.num_params(), device)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from torchvision import transforms
 
 from datamodules.image_sources import FileImages, Images, UnreadableImage, open_source
-from datamodules.loader import IGNORE, Ordered, Stream, StreamDataModule, StreamLoader, loading, rank_of
+from datamodules.loader import IGNORE, Ordered, Stream, StreamDataModule, StreamLoader, loading, rank_and_world_size
 from datamodules.sampler import sample_at
 
 MAX_UNREADABLE = 100  # in a row: more than that is a disk that is gone
@@ -229,7 +229,7 @@ class ImageDataModule(StreamDataModule):
             repeats=self.repeats,
             seed=self.seed,
             unreadable=self._unreadable if self.skip_unreadable else None,
-            place=(self.batch_size, *rank_of(self)),
+            place=(self.batch_size, *rank_and_world_size(self)),
         )
         return StreamLoader(stream, self.trainer.accumulate_grad_batches if self.trainer else 1, self.num_workers)
 
@@ -246,7 +246,9 @@ class ImageDataModule(StreamDataModule):
         return self._in_order("predict")
 
     def _in_order(self, split: str) -> DataLoader[EvalBatch]:
-        batches = _InOrder(self.images(split), self.eval_transform, self.image_size, (self.batch_size, *rank_of(self)))
+        batches = _InOrder(
+            self.images(split), self.eval_transform, self.image_size, (self.batch_size, *rank_and_world_size(self))
+        )
         return DataLoader(batches, **loading(self.num_workers), persistent_workers=self.num_workers > 0)
 
 

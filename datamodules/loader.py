@@ -149,7 +149,7 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def rank_of(data: LightningDataModule) -> tuple[int, int]:
+def rank_and_world_size(data: LightningDataModule) -> tuple[int, int]:
     """(rank, number of ranks) among those that train on different samples."""
     place = data.trainer.distributed_sampler_kwargs if data.trainer else None
     return (place["rank"], place["num_replicas"]) if place else (0, 1)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.loader import IGNORE, Ordered, Stream, StreamDataModule, StreamLoader, loading, rank_of
+from datamodules.loader import IGNORE, Ordered, Stream, StreamDataModule, StreamLoader, loading, rank_and_world_size
 from datamodules.sampler import sample_at
 from datamodules.sources import HuggingFace, Source, TextFormat, open_source
 from datamodules.tokenizer import Tokenizer, load_tokenizer
@@ -175,7 +175,7 @@ class TextDataModule(StreamDataModule):
 
     def train_dataloader(self) -> "TrainLoader":
         """This rank's share of the shuffled stream."""
-        rank, world_size = rank_of(self)
+        rank, world_size = rank_and_world_size(self)
         return TrainLoader(
             self.train.ids,
             seq_len=self.seq_len,
@@ -200,7 +200,9 @@ class TextDataModule(StreamDataModule):
         return self._in_order(self.predict_ids)
 
     def _in_order(self, ids: NDArray[Any]) -> DataLoader[Batch]:
-        return DataLoader(OrderedBatches(ids, self.seq_len, self.batch_size, *rank_of(self)), **loading(num_workers=0))
+        return DataLoader(
+            OrderedBatches(ids, self.seq_len, self.batch_size, *rank_and_world_size(self)), **loading(num_workers=0)
+        )
 
 
 class TrainLoader(StreamLoader):

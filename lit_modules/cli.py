@@ -8,9 +8,9 @@ import sys
 from contextlib import nullcontext
 from importlib import import_module
 
-# Commands that are no experiments, and their modules.
-COMMANDS = {name: f"lit_modules.{name}" for name in ("evaluate", "export", "generate", "grow", "plot", "submit")}
-COMMANDS["import"] = "lit_modules.import_released"
+# Modules in lit_modules/commands of the commands that take no config of an experiment.
+COMMANDS = {name: name for name in ("evaluate", "export", "generate", "grow", "plot", "submit")}
+COMMANDS["import"] = "import_released"
 
 HELP = """usage: tokenformer COMMAND --config FILE [--KEY VALUE ...]
 
@@ -55,7 +55,7 @@ Go on with the newest whole checkpoint of an experiment:
 
 def console() -> None:
     """The console script: `main`, with a user's mistake as one line instead of a traceback."""
-    from lit_modules.errors import RunError
+    from lit_modules.runs.errors import RunError
 
     try:
         main()
@@ -83,12 +83,12 @@ def main(args: list[str] | None = None) -> None:
         print(HELP, end="")
         return
     if given[0] in COMMANDS:
-        import_module(COMMANDS[given[0]]).main(given[1:])
+        import_module(f"lit_modules.commands.{COMMANDS[given[0]]}").main(given[1:])
         return
-    from lit_modules.preemption import listening
+    from lit_modules.runs.signals import listening
 
     with listening() if given[0] == "fit" else nullcontext():
-        from lit_modules.experiment import run
+        from lit_modules.commands.experiment import run
 
         run(args)
 

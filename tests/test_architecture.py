@@ -13,26 +13,72 @@ FORBIDDEN = {
     "datamodules": {"tokenformer", "lit_modules"},
     "lit_modules": {"tests", "benchmarks"},
 }
-MAY_IMPORT_DATAMODULES = {"experiment.py", "saved.py"}  # the command line
+# The rooms of lit_modules: each may import those before it.
+ROOMS = ("runs", "optim", "checkpoints", "growth", "strategies", "modules", "callbacks", "commands", "cli")
+MAY_IMPORT_DATAMODULES = {"commands"}
+MAX_LINES = 300
 
 
 def imported(path):
+    """Modules, as (name, what is taken from it)."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def python_files(package):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    return files
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_imports_run_one_way(package):
-    files = list((ROOT / package).rglob("*.py"))
-    assert files
-    for path in files:
+    for path in python_files(package):
         forbidden = FORBIDDEN[package]
-        if package == "lit_modules" and path.name not in MAY_IMPORT_DATAMODULES:
+        if package == "lit_modules" and path.parent.name not in MAY_IMPORT_DATAMODULES:
             forbidden = forbidden | {"datamodules"}
-        assert not set(imported(path)) & forbidden, path
+        assert not {name.split(".")[0] for name, _ in imported(path)} & forbidden, path
+
+
+def room(path):
+    return path.relative_to(ROOT / "lit_modules").parts[0].removesuffix(".py")
+
+
+def test_rooms_import_those_before_them():
+    for path in python_files("lit_modules"):
+        if room(path) == "__init__":
+            continue
+        known = ROOMS[: ROOMS.index(room(path)) + 1]
+        for name, taken in imported(path):
+            if name == "lit_modules" or name.startswith("lit_modules."):
+                used = (*name.split("."), taken)[1]
+                assert used in known, f"{path} imports {name}"
+
+
+def test_the_first_level_is_the_rooms():
+    found = {path.name.removesuffix(".py") for path in (ROOT / "lit_modules").iterdir() if path.name != "__pycache__"}
+    assert found == {"__init__", *ROOMS}
+    assert len(ROOMS) <= 9
+    for path in (ROOT / "tests/lit_modules").iterdir():
+        assert path.name in {"__pycache__", *ROOMS}
+
+
+def test_a_name_means_one_thing():
+    """Files of a package have names of their own; those of another may be about the same thing."""
+    for packages in (("tokenformer",), ("datamodules",), ("lit_modules",)):
+        names = [path.name for package in packages for path in python_files(package) if path.name != "__init__.py"]
+        assert sorted(names) == sorted(set(names))
+
+
+def test_a_long_file_says_why():
+    packages = (*FORBIDDEN, "benchmarks", "tests")
+    for path in (path for package in packages for path in python_files(package)):
+        text = path.read_text()
+        if len(text.splitlines()) > MAX_LINES:
+            assert "One file: " in (ast.get_docstring(ast.parse(text)) or ""), f"{path} has over {MAX_LINES} lines"
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def _joined_segments(layer: Pattention) -> dict[str, Tensor]:
 FREE = {"init", "scale", "vocab_size", "vocab_multiple", "max_seq_len", "image_size", "num_classes", "drop_path"}
 
 
-def start_from(model: Any, folder: str | Path) -> None:
+def load_initial_weights(model: Any, folder: str | Path) -> None:
     """Give a model the weights in a folder, to train it further. A classifier for other classes stays new.
 
     Args:

@@ -8,22 +8,19 @@ Shapes: T input tokens, D channels (D_in, D_out), N parameter tokens. Every matr
 """
 
 import math
-from collections.abc import Sequence
-from functools import partial
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
+
+from tokenformer.fused import attend_l2_norm_gelu, joined, row_norm
 
 ScoreNorm = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 
 # E[weight^2] of one parameter token at initialisation, where the scores of a row are close to normal.
 WEIGHT_SECOND_MOMENT = {"l2_norm_gelu": 0.425, "gelu_l2_norm": 1.0, "softmax": 1.0}
-
-HAS_TRITON = find_spec("triton") is not None  # what is not needed is not imported
 
 
 def default_tau(num_tokens: int, score_norm: ScoreNorm = "l2_norm_gelu") -> float:
@@ -99,294 +96,19 @@ def _as_given(
 ) -> Tensor:
     if score_norm == "l2_norm_gelu":
         tau = scale if isinstance(scale, Tensor) else torch.full((1,), scale, dtype=torch.float64, device=x.device)
-        x_TD = x.reshape(-1, x.shape[-1])
-        if torch.compiler.is_compiling() and not _as_op(group):  # writing to columns of a buffer would break its graph
-            keys, values = [_joined(keys)], [_joined(values)]
-        tensors = (x_TD, tau, *keys, *values)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            out_TD = _L2NormGELU.apply(group, recompute, *tensors)
-        else:
-            out_TD = _forward_or_op(group, x_TD, tau, keys, values)[0]
-        return out_TD.view(*x.shape[:-1], out_TD.shape[-1])
+        return attend_l2_norm_gelu(x, keys, values, tau, group, recompute)
     if group is not None:
         raise ValueError(f"score_norm={score_norm!r}: only l2_norm_gelu divides its tokens among devices")
     if recompute:
         raise ValueError(f"score_norm={score_norm!r}: only l2_norm_gelu computes its scores again")
-    scores = x @ _joined(keys).T  # (..., N)
+    scores = x @ joined(keys).T  # (..., N)
     if score_norm == "softmax":
         weights = scores.softmax(-1) * scale  # subtracts the row's maximum, so it can't overflow
     else:
         weights = F.gelu(scores)
-        norm = _norm(weights)
+        norm = row_norm(weights)
         scale = scale.to(norm.dtype) if isinstance(scale, Tensor) else scale
         factor = torch.where(norm > 0, scale / torch.where(norm > 0, norm, 1), 0)  # without a NaN in its gradient
         weights = weights * factor
-    joined = _joined(values)
-    return weights.to(joined.dtype) @ joined
-
-
-def _joined(segments: list[Tensor]) -> Tensor:
-    return segments[0] if len(segments) == 1 else torch.cat(segments)
-
-
-def _norm(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """|row|, shape (..., 1), at least float32. With a `group`, its processes have different columns of the rows."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    # On the CPU a wide norm of bfloat16 copies all rows to float32 first; its own kernel sums in float32 anyway.
-    sum_in = None if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" else wide
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=sum_in).to(wide)
-    if group is not None:
-        distributed.all_reduce(norm.square_(), group=group)
-        norm.sqrt_()
-    return norm
-
-
-def uses_kernels(x: Tensor, group: ProcessGroup | None = None) -> bool:
-    """Whether Triton kernels do what is done to rows of scores or logits."""
-    narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return x.is_cuda and HAS_TRITON and narrow and group is None
-
-
-def _as_op(group: ProcessGroup | None) -> bool:
-    """Whether torch.compile sees one op, and not what is in it.
-
-    Of what is in it, torch 2.11 makes kernels for a GPU that take four times as long as ours, and keeps two buffers.
-    """
-    return torch.compiler.is_dynamo_compiling() and group is None  # not in torch.export: a file needs no code of ours
-
-
-def _empty_scores(x: Tensor, keys: Sequence[Tensor], group: ProcessGroup | None) -> Tensor:
-    """A buffer (T, N)."""
-    N = sum(len(segment) for segment in keys)
-    if uses_kernels(x, group):
-        from tokenformer.kernels import empty_scores
-
-        return empty_scores(x, N)
-    return x.new_empty(len(x), N)
-
-
-def _forward(
-    group: ProcessGroup | None, x: Tensor, tau: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out (T, D_out), kept (T, N), factor (T, 1) = tau / |A|). Allocates one T x N buffer that stays, `kept`.
-
-    It holds the GELU's input z = tau A / |A|, or A where kernels multiply by the factor while they read.
-    """
-    kept = _scores(x, keys, group)
-    factor = x.new_empty(len(x), 1)
-    if uses_kernels(x, group):
-        from tokenformer.kernels import norm_gelu
-
-        weights = norm_gelu(kept, tau, factor)
-    else:
-        norm = _norm(kept, group)
-        wide_factor = (tau.to(norm.dtype) / norm).masked_fill_(norm == 0, 0)
-        # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU. The clamp keeps
-        # the factor of a tiny row finite in float16.
-        factor.copy_(wide_factor.clamp_max_(torch.finfo(kept.dtype).max))
-        weights = F.gelu(kept.mul_(factor))
-    return _sum_of_products(weights, values), kept, factor
-
-
-def _kept_again(group: ProcessGroup | None, x: Tensor, keys: Sequence[Tensor], factor: Tensor) -> Tensor:
-    """What :func:`_forward` keeps, bit for bit."""
-    kept = _scores(x, keys, group)
-    return kept if uses_kernels(x, group) else kept.mul_(factor)
-
-
-def _columns(buffer: Tensor, segments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The columns of a (T, N) buffer that belong to each segment."""
-    return (buffer,) if len(segments) == 1 else buffer.split([len(segment) for segment in segments], dim=1)
-
-
-def _scores(x: Tensor, keys: Sequence[Tensor], group: ProcessGroup | None) -> Tensor:
-    """X @ keys.T, (T, N)."""
-    if len(keys) == 1 and not uses_kernels(x, group):
-        return x @ keys[0].T  # which torch.export can take along, unlike `out=`
-    return _write_products(x, keys, _empty_scores(x, keys, group))
-
-
-def _write_products(left: Tensor, segments: Sequence[Tensor], buffer: Tensor) -> Tensor:
-    """Write left @ segment.T to the columns of each segment."""
-    for segment, columns in zip(segments, _columns(buffer, segments), strict=True):
-        torch.mm(left, segment.T, out=columns)
-    return buffer
-
-
-def _sum_of_products(buffer: Tensor, segments: Sequence[Tensor]) -> Tensor:
-    """The sum of columns @ segment."""
-    first, *others = zip(_columns(buffer, segments), segments, strict=True)
-    out = torch.mm(*first)  # not by `out=`: what torch.compile of torch 2.11 makes of that has no gradient
-    for columns, segment in others:
-        out.addmm_(columns, segment)
-    return out
-
-
-def _gradients(
-    buffer: Tensor, right: Tensor, segments: Sequence[Tensor], needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """columns.T @ right of each segment, where needed."""
-    columns = _columns(buffer, segments)
-    return [c.T @ right if need else None for c, need in zip(columns, needed, strict=True)]
-
-
-def _norm_gelu_backward(grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Turn `grad` (T, N) from dL/dweights to |A| / tau * dL/dA, in place; return r / N (T, 1), at least float32."""
-    torch.ops.aten.gelu_backward.grad_input(grad, z, grad_input=grad)  # dL/dz
-    wide, num_tokens = torch.promote_types(z.dtype, torch.float32), z.shape[1]
-    # A batch of dot products: no T x N temporary, and dividing by N in there keeps it in float16's range.
-    zero = grad.new_zeros(())
-    r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2).to(wide)
-    if group is not None:
-        distributed.all_reduce(r, group=group)
-    grad.addcmul_(z, (r * (-num_tokens / tau.to(r.dtype) ** 2)).to(z.dtype))
-    return r
-
-
-def _backward(
-    group: ProcessGroup | None,
-    grad_out: Tensor,
-    kept: Tensor | None,
-    factor: Tensor,
-    x: Tensor,
-    tau: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients of x, tau, keys and values, where `needed`; `kept` and `factor` are those of :func:`_forward`.
-
-    Paper, App. A: with z = tau A / |A|, g = dL/dz and r = g . z per row,
-        dL/dA = (tau / |A|) (g - z r / tau^2),    dL/dtau = sum r / tau.
-    The factor tau / |A| belongs to a row, so it is applied to T x D matrices instead of T x N ones. Kernels have it for
-    nothing while they write dL/dA, except in float16, whose range that may leave.
-    """
-    needs_x, needs_tau, *needs_segments = needed
-    needs_keys, needs_values = needs_segments[: len(keys)], needs_segments[len(keys) :]
-    needs_scores = needs_x or needs_tau or any(needs_keys)
-    outside: Tensor | None = factor
-    if kept is None:
-        kept = _kept_again(group, x, keys, factor)
-    if uses_kernels(x, group):
-        from tokenformer.kernels import norm_gelu_backward
-
-        grad = _scores(grad_out, values, group)  # dL/dweights
-        weights, r, outside = norm_gelu_backward(grad, kept, tau, factor)
-        grad_values = _gradients(weights, grad_out, values, needs_values)
-        del weights  # before anything else is allocated
-    else:
-        weights = F.gelu(kept) if any(needs_values) else torch.empty_like(kept)
-        grad_values = _gradients(weights, grad_out, values, needs_values)
-        if needs_scores:
-            grad = _write_products(grad_out, values, weights)  # over the weights
-            r = _norm_gelu_backward(grad, kept, tau, group)
-    grad_x = grad_tau = None
-    grad_keys: list[Tensor | None] = [None] * len(keys)
-    if needs_tau:
-        grad_tau = (r.sum() * kept.shape[1] / tau.to(r.dtype)).to(tau.dtype).view_as(tau)
-    if needs_x:
-        grad_x = _sum_of_products(grad, keys)
-        grad_x = grad_x if outside is None else grad_x.mul_(outside)
-    if any(needs_keys):
-        grad_keys = _gradients(grad, x if outside is None else x * outside, keys, needs_keys)
-    return [grad_x, grad_tau, *grad_keys, *grad_values]
-
-
-def _forward_shapes(x: Tensor, tau: Tensor, keys: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(len(x), values[0].shape[1]), _empty_scores(x, keys, None), x.new_empty(len(x), 1)
-
-
-def _backward_op(*inputs: Any) -> list[Tensor]:
-    grads = _backward(None, *inputs)
-    return [inputs[0].new_empty(0) if grad is None else grad for grad in grads]  # an op returns tensors
-
-
-def _backward_shapes(grad: Tensor, kept: Tensor | None, factor: Tensor, *inputs: Any) -> list[Tensor]:
-    x, tau, keys, values, needed = inputs
-    flat = (x, tau, *keys, *values)
-    return [torch.empty_like(t) if need else grad.new_empty(0) for t, need in zip(flat, needed, strict=True)]
-
-
-# What torch.compile sees. (`torch.library.custom_op` is shorter, and each call takes 9 us more.)
-_LIBRARY = torch.library.Library("tokenformer", "DEF")
-_INPUTS = "Tensor x, Tensor tau, Tensor[] keys, Tensor[] values"
-_LIBRARY.define(f"attend({_INPUTS}) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.define(f"attend_backward(Tensor grad, Tensor? kept, Tensor factor, {_INPUTS}, bool[] needed) -> Tensor[]")
-_LIBRARY.impl("attend", partial(_forward, None), "CompositeExplicitAutograd")
-_LIBRARY.impl("attend_backward", _backward_op, "CompositeExplicitAutograd")
-torch.library.register_fake("tokenformer::attend", _forward_shapes, lib=_LIBRARY)
-torch.library.register_fake("tokenformer::attend_backward", _backward_shapes, lib=_LIBRARY)
-
-
-def _forward_or_op(
-    group: ProcessGroup | None, x: Tensor, tau: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _as_op(group):
-        return torch.ops.tokenformer.attend(x, tau, keys, values)
-    return _forward(group, x, tau, keys, values)
-
-
-class _L2NormGELU(torch.autograd.Function):
-    """The fused operator. Keeps one T x N buffer for the backward pass, or none: what is kept is computed again then.
-
-    Keys and values come in segments, all keys and then all values; each has its columns of that buffer, so that
-    nothing is concatenated. Where a group of processes shares the tokens, the squared norm is added up over it, and so
-    is r in the backward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, group: ProcessGroup | None, recompute: bool, x: Tensor, tau: Tensor, *keys_and_values: Tensor
-    ) -> Tensor:
-        half = len(keys_and_values) // 2
-        keys, values = list(keys_and_values[:half]), list(keys_and_values[half:])
-        out, kept, factor = _forward_or_op(group, x, tau, keys, values)
-        ctx.group = group
-        ctx.save_for_backward(x, tau, factor, None if recompute else kept, *keys_and_values)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, tau, factor, kept, *keys_and_values = ctx.saved_tensors
-        half = len(keys_and_values) // 2
-        keys, values, needed = keys_and_values[:half], keys_and_values[half:], list(ctx.needs_input_grad[2:])
-        if _as_op(ctx.group):
-            found = torch.ops.tokenformer.attend_backward(grad_out, kept, factor, x, tau, keys, values, needed)
-            return None, None, *(grad if need else None for grad, need in zip(found, needed, strict=True))
-        return None, None, *_backward(ctx.group, grad_out, kept, factor, x, tau, keys, values, needed)
-
-
-def copy_to_group(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Give a tensor that all processes of a group have to what each does alone; the gradients are added up."""
-    return _CopyToGroup.apply(x, group)
-
-
-def sum_over_group(out: Tensor, group: ProcessGroup) -> Tensor:
-    """Add up, in place, what the processes of a group have computed alone; each gets the gradient of the sum."""
-    return _SumOverGroup.apply(out, group)
-
-
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        grad = grad.clone()
-        distributed.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _SumOverGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.mark_dirty(out)
-        distributed.all_reduce(out, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
+    tokens = joined(values)
+    return weights.to(tokens.dtype) @ tokens

@@ -15,10 +15,9 @@ from tokenformer.operator import (
     ScoreNorm,
     attend,
     autocast_dtype,
-    copy_to_group,
     default_tau,
-    sum_over_group,
 )
+from tokenformer.process_group import copy_to_group, sum_over_group
 
 TauMode = Literal["fixed", "learned", "current"]
 
@@ -38,7 +37,7 @@ class _HasTau(nn.Module):
         gain = nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if has_tau and learned else None
         self.register_parameter("tau_gain", gain)  # one element and not a 0-dim tensor, which FSDP2 refuses
 
-    def scale_now(self) -> Tensor | None:
+    def current_tau(self) -> Tensor | None:
         if self.tau is None or self.tau_gain is None:
             return self.tau
         return self.tau * torch.exp(TAU_GAIN_RATE * self.tau_gain)
@@ -76,7 +75,7 @@ class TokenSegment(_HasTau):
         self.values = nn.Parameter(torch.empty(num_tokens, out_features, **factory))
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: D102
-        return self.keys, self.values, self.scale_now()
+        return self.keys, self.values, self.current_tau()
 
     @property
     def num_tokens(self) -> int:
@@ -202,7 +201,7 @@ class Pattention(_HasTau):
                 group = its_keys.device_mesh.get_group()
                 its_keys, its_values = its_keys.to_local(), its_values.to_local()
             if scale is not None or not operators:
-                operators.append(([], [], self.scale_now() if scale is None else scale))
+                operators.append(([], [], self.current_tau() if scale is None else scale))
             operators[-1][0].append(its_keys)
             operators[-1][1].append(its_values)
         if group is not None:

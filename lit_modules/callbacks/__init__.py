@@ -5,7 +5,7 @@ from lit_modules.callbacks.compression import CompressionBaseline
 from lit_modules.callbacks.ema import EMA
 from lit_modules.callbacks.evaluation_row import EvaluationRow
 from lit_modules.callbacks.free_space import FreeSpace
-from lit_modules.callbacks.grow import GrowParameterTokens
+from lit_modules.callbacks.grow_tokens import GrowParameterTokens
 from lit_modules.callbacks.loss_curve import LossCurve
 from lit_modules.callbacks.nonfinite import NonFinite
 from lit_modules.callbacks.pictures import Pictures
@@ -15,7 +15,7 @@ from lit_modules.callbacks.progress import Progress
 from lit_modules.callbacks.sample import SampleText
 from lit_modules.callbacks.summary import Summary
 from lit_modules.callbacks.throughput import Throughput
-from lit_modules.callbacks.watch import Watch
+from lit_modules.callbacks.watchdog import Watchdog
 
 __all__ = [
     "EMA",
@@ -34,5 +34,5 @@ __all__ = [
     "Summary",
     "Throughput",
     "TokenPredictions",
-    "Watch",
+    "Watchdog",
 ]

@@ -7,8 +7,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_modules.checkpoint_files import AtomicCheckpointIO
-from lit_modules.errors import RunError
+from lit_modules.checkpoints.writing import AtomicCheckpointIO
+from lit_modules.runs.errors import RunError
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -32,10 +32,10 @@ class Checkpoint(RunCheckpoint):
         asynchronous: write checkpoints while the training goes on, from a copy in the host's memory; `best` too.
 
     Attributes:
-        asked: save this step too; set by :class:`Preemption`.
+        requested: save this step too; set by :class:`Preemption`.
     """
 
-    asked = False
+    requested = False
     _deferred = False
 
     def __init__(self, *args: Any, asynchronous: bool = False, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class Checkpoint(RunCheckpoint):
         """
         every, step = self._every_n_train_steps, trainer.global_step
         last = step == trainer.max_steps or (trainer.should_stop and trainer.fit_loop._can_stop_early)
-        due = self.asked or last or (every > 0 and step % every == 0) or self._time_is_up(trainer)
+        due = self.requested or last or (every > 0 and step % every == 0) or self._time_is_up(trainer)
         between = trainer.fit_loop.epoch_loop._should_accumulate()
         if due and not between and not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from lit_modules.fsdp2 import FSDP2
-from lit_modules.module import TokenFormerModule
+from lit_modules.growth.structure import match_structure
+from lit_modules.modules.base import TokenFormerModule
+from lit_modules.strategies.fsdp2 import FSDP2
 
 
 class EMA(WeightAveraging):
@@ -51,7 +52,7 @@ class EMA(WeightAveraging):
             # A sharded module can't be copied, but another one can be sharded alike.
             if isinstance(trainer.strategy, FSDP2):
                 self._average_model = AveragedModel(nn.Module(), multi_avg_fn=self._average, use_buffers=True)
-                self._average_model.module = pl_module.twin()  # type: ignore[operator]
+                self._average_model.module = pl_module.empty_copy()  # type: ignore[operator]
         if not isinstance(trainer.strategy, FSDP2):
             super().setup(trainer, pl_module, stage)
         assert self._average_model is not None
@@ -101,10 +102,10 @@ class EMA(WeightAveraging):
             return
         average: Any = self._average_model.module
         if not isinstance(trainer.strategy, FSDP2):
-            average.restore_growth(checkpoint["state_dict"], checkpoint.get("growths", []))
+            match_structure(average, checkpoint["state_dict"], checkpoint.get("growths", []))
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
             return
-        average.restore_growth(pl_module.state_dict(), checkpoint.get("growths", []))
+        match_structure(average, pl_module.state_dict(), checkpoint.get("growths", []))
         trainer.strategy.shard_new_segments()
         self._copy(pl_module, average)  # the strategy has loaded what was saved as the model, which is the average
         if "current_model_state" in checkpoint:

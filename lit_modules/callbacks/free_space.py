@@ -8,8 +8,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
-from lit_modules.callbacks.grow import GrowParameterTokens
-from lit_modules.growth import rehearse
+from lit_modules.callbacks.grow_tokens import GrowParameterTokens
+from lit_modules.growth.recipe import rehearse
 
 
 class FreeSpace(Callback):

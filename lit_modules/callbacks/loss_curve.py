@@ -17,7 +17,7 @@ class LossCurve(Callback):
         if not (run_dir / "metrics.csv").exists():  # fast_dev_run, or a logger of the user's own
             rank_zero_info("no loss curve: the run wrote no metrics.csv")
             return
-        from lit_modules.plot import Run, draw  # matplotlib takes a second to import
+        from lit_modules.runs.curves import Run, draw
 
         try:
             draw([Run(run_dir)], panels=("step",)).savefig(run_dir / "loss.png")

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lit_modules.errors import RunError
+from lit_modules.runs.errors import RunError
 
 
 @dataclass
@@ -28,9 +28,9 @@ class _Step:
 class NonFinite(Callback):
     """Stops a run whose loss or gradients become NaN or infinite, or goes on without a few such steps.
 
-    The weights, the optimizer's state and the average (EMA) never see such a step (:mod:`lit_modules.nonfinite`); step
-    count, schedule and data move on. What it did is read on the host one step later, so that the device always has
-    work, and before anything is saved. A run that stops leaves the batches of the step in
+    The weights, the optimizer's state and the average (EMA) never see such a step (:mod:`lit_modules.optim.skip_step`);
+    step count, schedule and data move on. What it did is read on the host one step later, so that the device always
+    has work, and before anything is saved. A run that stops leaves the batches of the step in
     `nonfinite-step-STEP-rank-RANK.pt`, for `torch.load`. In 16-mixed steps that the GradScaler leaves out to find its
     scale don't count, only losses do.
 

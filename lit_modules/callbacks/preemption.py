@@ -10,8 +10,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_modules import preemption
 from lit_modules.callbacks.checkpoint import Checkpoint
+from lit_modules.runs import signals
 
 
 class Preemption(Callback):
@@ -50,7 +50,7 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
-        preemption.set_training(True)
+        signals.set_training(True)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Runs before the callbacks that save."""
@@ -60,7 +60,7 @@ class Preemption(Callback):
         if self._stopping:
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, Checkpoint):
-                    callback.asked = True
+                    callback.requested = True
 
     def _agree(self) -> int:
         """The signal that any process has had, the same answer in all of them at the same step.
@@ -68,13 +68,13 @@ class Preemption(Callback):
         What is read is the reduction that began a step ago, on the CPU and beside the training: nobody waits for it.
         """
         if self._group is None:
-            return preemption.asked()
+            return signals.requested()
         answer = 0
         if self._pending is not None:
             work, result = self._pending
             work.wait()
             answer = int(result)
-        mine = torch.tensor(_ORDER.index(preemption.asked()))
+        mine = torch.tensor(_ORDER.index(signals.requested()))
         self._pending = dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._group, async_op=True), mine
         return _ORDER[answer]
 
@@ -90,10 +90,10 @@ class Preemption(Callback):
         what = f"stopped, NOT saved ({failed})," if failed else "saved and stopped"
         rank_zero_info(f"{signal.Signals(self._stopping).name}: {what} after step {trainer.global_step}")
         trainer.strategy.barrier()  # the first to end may be taken for a failure, and the others be killed
-        raise SystemExit(preemption.EXIT_CODES[signal.Signals(self._stopping)])
+        raise SystemExit(signals.EXIT_CODES[signal.Signals(self._stopping)])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        preemption.set_training(False)
+        signals.set_training(False)
 
 
 _ORDER = [0, signal.SIGTERM, signal.SIGUSR1]  # the last wins, where processes have had different ones

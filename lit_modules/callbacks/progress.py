@@ -7,7 +7,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from lit_modules.loggers import is_log_step
+from lit_modules.runs.logs import is_log_step
 
 SHOWN = {
     "train/loss": ("loss", "{:.3f}"),

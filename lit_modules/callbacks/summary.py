@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_modules.growth import write_growths
+from lit_modules.growth.history import write_growths
 
 
 class Summary(Callback):

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lit_modules.hardware import device_name, peak_flops
-from lit_modules.loggers import is_log_step
-from lit_modules.strategies import data_parallel
+from lit_modules.runs.logs import is_log_step
+from lit_modules.strategies.ranks import data_parallel_rank
+from tokenformer.hardware import device_name, peak_flops
 
 
 class Throughput(Callback):
@@ -41,7 +41,7 @@ class Throughput(Callback):
     def _now(self, trainer: Trainer) -> tuple[float, int, int, int, float]:
         return time.perf_counter(), self.samples, self.tokens, self.flops, _waited(trainer)
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude(self, seconds: float) -> None:
         """Do not count so many seconds that have just passed as training."""
         if self._paused_at is None:
             self._paused += seconds
@@ -62,7 +62,7 @@ class Throughput(Callback):
             self._paused_at = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        _, batches = data_parallel(trainer)
+        _, batches = data_parallel_rank(trainer)
         self.samples += len(batch[0]) * batches
         self.tokens += pl_module.num_tokens(batch) * batches
         self.flops += pl_module.training_flops(batch) * batches

@@ -11,9 +11,9 @@ pytest.importorskip("lm_eval", reason="needs the lm-evaluation-harness: pip inst
 
 from datamodules.tokenizer import ByteTokenizer, train_bpe
 from lit_modules.cli import main
-from lit_modules.evaluate import PUBLISHED, TASKS, evaluate, table
-from lit_modules.harness import HarnessModel, local_tasks
-from lit_modules.saved import save_tokenizer
+from lit_modules.commands.evaluate import PUBLISHED, TASKS, evaluate, table
+from lit_modules.commands.lm_eval_model import LMEvalModel, local_tasks
+from lit_modules.commands.tokenizers import save_tokenizer
 from tests.integration.test_training import write_config
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig, from_pretrained, save_pretrained
 
@@ -92,7 +92,7 @@ def test_command_gives_the_scores_of_the_definition(byte_model, piqa, tmp_path, 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_likelihoods_are_the_models(byte_model, batch_size, monkeypatch):
-    model = HarnessModel(byte_model, batch_size)
+    model = LMEvalModel(byte_model, batch_size)
     native = model.model
     shapes = []
     hidden = native.hidden
@@ -120,7 +120,7 @@ def test_likelihoods_are_the_models(byte_model, batch_size, monkeypatch):
 
 
 def test_rolling_likelihood_counts_each_token_once(byte_model):
-    model = HarnessModel(byte_model)
+    model = LMEvalModel(byte_model)
     texts = ["short", "long enough for several windows, " * 8, ""]
     totals = model.loglikelihood_rolling(asked(*((text,) for text in texts)), disable_tqdm=True)
     assert totals[0] == pytest.approx(-nats(model.model, [256], list(texts[0].encode())), rel=1e-5)
@@ -132,7 +132,7 @@ def test_rolling_likelihood_counts_each_token_once(byte_model):
 
 
 def test_generation_stops_where_it_is_told(byte_model):
-    model = HarnessModel(byte_model, batch_size=2)
+    model = LMEvalModel(byte_model, batch_size=2)
     prompts = ["The quick", "A", "Once upon a time"]
     plain = model.generate_until(asked(*((p, {"until": [], "max_gen_toks": 6}) for p in prompts)), disable_tqdm=True)
     for prompt, text in zip(prompts, plain, strict=True):
@@ -158,7 +158,7 @@ def test_scores_are_those_of_the_harness_on_transformers(shared_data, tmp_path, 
     rows = shared_data / "eval"
     texts = (line for path in sorted(rows.glob("*.jsonl")) for line in path.read_text().splitlines())
     folder = write_model(tmp_path, train_bpe(texts, 700), 512)
-    models = {"ours": HarnessModel(folder, 16), "theirs": HFLM(pretrained=str(folder), batch_size=16, device="cpu")}
+    models = {"ours": LMEvalModel(folder, 16), "theirs": HFLM(pretrained=str(folder), batch_size=16, device="cpu")}
     likelihoods, scores = {}, {}
     for name, model in models.items():
         scored = model._loglikelihood_tokens

@@ -12,10 +12,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from datamodules.tokenizer import ByteTokenizer, load_tokenizer
-from lit_modules.checkpoint_files import AtomicCheckpointIO, checksums, damage, newest_whole, write_manifest
+from lit_modules.checkpoints.reading import read_checkpoint
+from lit_modules.checkpoints.validation import checksums, find_corruption, latest_valid, write_manifest
+from lit_modules.checkpoints.writing import AtomicCheckpointIO
 from lit_modules.cli import console, main
-from lit_modules.fsdp2 import FSDP2
-from lit_modules.saved import load_saved, module_of, read_checkpoint, save_tokenizer, tokenizer_of
+from lit_modules.commands.tokenizers import save_tokenizer, tokenizer_of
+from lit_modules.modules.loading import load_model, module_from_checkpoint
+from lit_modules.strategies.fsdp2 import FSDP2
 from tests.conftest import ASSETS
 from tests.integration.growing import checkpoint_of, config_of, contents, fit
 from tests.integration.test_training import rows
@@ -52,8 +55,8 @@ def test_a_grown_checkpoint_is_exported_to_the_bit(run, weights, key, tmp_path, 
     assert saved.keys() == expected.keys()  # each segment has its own norm: nothing to join
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
     model = from_pretrained(tmp_path / "model")
-    assert torch.equal(model(IDS), load_saved(checkpoint, weights)(IDS))
-    assert torch.equal(model(IDS), load_saved(tmp_path / "model")(IDS))
+    assert torch.equal(model(IDS), load_model(checkpoint, weights)(IDS))
+    assert torch.equal(model(IDS), load_model(tmp_path / "model")(IDS))
     assert not model.training
     tokenizer = load_tokenizer(str(tmp_path / "model/tokenizer.json"))
     assert tokenizer.encode_batch(["as bytes: é"]) == ByteTokenizer().encode_batch(["as bytes: é"])
@@ -96,7 +99,7 @@ def test_a_checkpoint_away_from_its_run_is_exported_without_tokenizer(run, tmp_p
     assert "not measured" in card
     assert "Data: not on record" in card
     assert "best so far: `val/loss`" in card
-    model, expected = from_pretrained(tmp_path / "model"), load_saved(tmp_path / "grown.ckpt").bfloat16()
+    model, expected = from_pretrained(tmp_path / "model"), load_model(tmp_path / "grown.ckpt").bfloat16()
     for name, tensor in consolidated_state(expected).items():
         assert torch.equal(model.state_dict()[name], tensor)
     assert model.backbone.blocks[0].ffn.num_tokens == 256
@@ -114,7 +117,7 @@ def test_a_sharded_checkpoint_is_exported(corpus, tmp_path):
         torch.distributed.destroy_process_group()
     sharded = checkpoint_of(tmp_path / "run", 14)
     assert sharded.is_dir()
-    assert newest_whole([checkpoint_of(tmp_path / "run", 12), sharded]) == sharded
+    assert latest_valid([checkpoint_of(tmp_path / "run", 12), sharded]) == sharded
     with pytest.raises(ValueError, match=r"a sharded checkpoint: go on with it by --trainer\.strategy fsdp2"):
         AtomicCheckpointIO().load_checkpoint(sharded)
     saved = contents(tmp_path / "run")
@@ -129,16 +132,16 @@ def test_a_sharded_checkpoint_is_exported(corpus, tmp_path):
     for part in (next(sharded.glob("*.distcp")), sharded / "meta.pt"):
         whole = part.read_bytes()
         part.write_bytes(whole[:-100])
-        assert f"its part {part.name} is" in damage(sharded)
+        assert f"its part {part.name} is" in find_corruption(sharded)
         part.write_bytes(whole)
-    assert damage(sharded) is None
+    assert find_corruption(sharded) is None
 
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "was here",)
 
     (sharded / ".metadata").write_bytes(pickle.dumps(Evil()))
-    assert "its part .metadata is" in damage(sharded)
+    assert "its part .metadata is" in find_corruption(sharded)
     write_manifest(sharded, [checksums(sharded, rank=0)])
     with pytest.raises(ValueError, match="which is not part of a checkpoint"):
         read_checkpoint(sharded)
@@ -185,7 +188,7 @@ def test_the_wrong_kind_of_file_names_the_command(run, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             main(["validate", "--config", str(run[0]), "--ckpt_path", str(path), "--run_dir", str(tmp_path / "out")])
         assert not (tmp_path / "out").exists()
-    module = module_of(read_checkpoint(checkpoint_of(run[1], 14)))
+    module = module_from_checkpoint(read_checkpoint(checkpoint_of(run[1], 14)))
     with pytest.raises(ValueError, match="has a vision model, this run trains a language model"):
         module.on_load_checkpoint({"hyper_parameters": {"config": {"patch_size": 4}}})
     for command in ("import", "export"):
@@ -273,7 +276,7 @@ def test_a_folder_is_trained_on(run, tmp_path):
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
     resume = ["--ckpt_path", str(checkpoint_of(tmp_path / "still", 4)), "--trainer.max_steps=8"]
     main(["fit", *start, "--run_dir", str(tmp_path / "on"), *resume])
-    on = load_saved(checkpoint_of(tmp_path / "on", 8))
+    on = load_model(checkpoint_of(tmp_path / "on", 8))
     assert [segment.num_tokens for segment in on.backbone.blocks[0].ffn.segments] == [32, 32, 64]
     assert not torch.equal(on.embedding.weight, one["embedding.weight"])
 
@@ -301,7 +304,7 @@ def test_an_image_model_is_exported(tmp_path, monkeypatch):
     main(["export", str(checkpoint), "--out", str(tmp_path / "model")])
     with pytest.raises(ValueError, match="--tokenizer bytes: leave it out, .* is an image model"):
         main(["export", str(checkpoint), "--out", str(tmp_path / "other"), "--tokenizer", "bytes"])
-    model, saved = from_pretrained(tmp_path / "model"), load_saved(checkpoint)
+    model, saved = from_pretrained(tmp_path / "model"), load_model(checkpoint)
     assert all(torch.equal(model.state_dict()[n], t) for n, t in consolidated_state(saved).items())
     assert (len(saved.backbone.blocks[0].ffn.segments), len(model.backbone.blocks[0].ffn.segments)) == (2, 1)
     card = (tmp_path / "model/README.md").read_text()

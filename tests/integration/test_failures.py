@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 
-from lit_modules import checkpoint_files
-from lit_modules.callbacks import Watch, watch
-from lit_modules.checkpoint_files import damage, newest_whole
+from lit_modules.callbacks import Watchdog, watchdog
+from lit_modules.checkpoints import validation
+from lit_modules.checkpoints.validation import find_corruption, latest_valid
 from lit_modules.cli import main
-from lit_modules.errors import RunError
+from lit_modules.runs.errors import RunError
 from tests.conftest import ROOT, same_threads
 from tests.integration.growing import checkpoint_of, difference
 from tests.integration.processes import run_in_processes
@@ -112,7 +112,7 @@ def test_a_full_disk_costs_saves_but_no_checkpoint(finished, small_disk, until):
         main(command)
     left = "step-00000006.ckpt" if until == 4 else "step-00000002.ckpt"
     assert [path.name for path in (run / "checkpoints").iterdir()] == [left]
-    assert damage(run / "checkpoints" / left) is None
+    assert find_corruption(run / "checkpoints" / left) is None
     assert len(rows(run, "train/loss")) == 6
 
 
@@ -136,11 +136,11 @@ def test_a_damaged_part_of_a_sharded_checkpoint_is_seen(finished, small_disk, tm
     content[len(content) // 2] ^= 1
     part.write_bytes(content)
     with pytest.warns(UserWarning, match=r"step-00000003.ckpt is passed over: its part __1_0.distcp is damaged"):
-        assert newest_whole(saved.parent.glob("*.ckpt")).name == "step-00000002.ckpt"
+        assert latest_valid(saved.parent.glob("*.ckpt")).name == "step-00000002.ckpt"
     part.write_bytes(content[:-1])
-    assert "truncated" in damage(saved)
+    assert "truncated" in find_corruption(saved)
     (saved / "manifest.json").unlink()
-    assert "half-written" in damage(saved)
+    assert "half-written" in find_corruption(saved)
 
 
 def test_a_run_whose_checkpoints_will_not_fit_does_not_start(finished, tmp_path, monkeypatch):
@@ -232,7 +232,7 @@ def test_a_job_that_loses_a_process_ends_and_says_which(copied, victim):
 
 def test_a_connection_that_was_closed_is_explained_by_the_process_that_died():
     """With gloo the others get an error; it says less than what the system knows of their processes."""
-    callback = Watch()
+    callback = Watchdog()
     callback._children = [subprocess.Popen(["sh", "-c", "kill -9 $$"])]
     with pytest.raises(RunError, match=r"process 1 \(pid \d+\) was ended by SIGKILL"):
         callback.on_exception(None, None, RuntimeError("Connection closed by peer"))
@@ -265,10 +265,10 @@ def test_a_port_in_use_is_named(copied):
 
 
 def test_a_child_whose_parent_is_gone_before_it_looks_ends_too(monkeypatch):
-    monkeypatch.setattr(watch, "GRACE", 0.1)
+    monkeypatch.setattr(watchdog, "GRACE", 0.1)
     child = os.fork()
     if child == 0:
-        watch.follow(os.getpid())  # which is not its parent
+        watchdog.end_with(os.getpid())  # which is not its parent
         time.sleep(60)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
@@ -292,8 +292,8 @@ def test_a_checkpoint_with_code_in_it_is_refused(copied, tmp_path):
     folder = tmp_path / "sharded.ckpt"
     folder.mkdir()
     shutil.copy(harmful, folder / "meta.pt")
-    checkpoint_files.write_manifest(folder, [checkpoint_files.checksums(folder, 0)])
-    assert "holds code" in damage(folder)
+    validation.write_manifest(folder, [validation.checksums(folder, 0)])
+    assert "holds code" in find_corruption(folder)
     with pytest.raises(ValueError, match=r"step-00000009.ckpt'?: it holds code \(.*\), which is never run"):
         main([*command[:-3], "--ckpt_path", str(harmful)])
     with pytest.warns(UserWarning, match="step-00000009.ckpt is passed over: it holds code"):
@@ -323,7 +323,7 @@ def test_a_hostile_config_runs_nothing(finished, tmp_path, monkeypatch, capsys, 
 def test_a_run_folder_with_an_odd_name_is_a_folder(finished, tmp_path):
     run = tmp_path / "a;touch $(executed) 'b' \n#%"
     main(["fit", "--config", str(finished[0]), "--run_dir", str(run), "--trainer.max_steps=2"])
-    assert newest_whole((run / "checkpoints").glob("*.ckpt")) is not None
+    assert latest_valid((run / "checkpoints").glob("*.ckpt")) is not None
 
 
 # Written while the training goes on.

@@ -10,8 +10,8 @@ import torch
 from datamodules.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from lit_modules.callbacks import SampleText
 from lit_modules.cli import main
-from lit_modules.generate import Text, write
-from lit_modules.saved import save_tokenizer
+from lit_modules.commands.generate import Text, write
+from lit_modules.commands.tokenizers import save_tokenizer
 from tests.integration.test_training import write_config
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig, generate, save_pretrained
 

@@ -11,15 +11,16 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from datamodules.text import TextDataModule
 from lit_modules.callbacks import GrowParameterTokens, Throughput
 from lit_modules.cli import main
-from lit_modules.language import LanguageModule
-from lit_modules.optim import OptimConfig, lr_factor
+from lit_modules.modules.language import LanguageModule
+from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.schedule import lr_factor
 from tests.integration.growing import STAGES, checkpoint_of, config_of, fit
 from tests.integration.test_training import TINY, rows
 from tokenformer import LMConfig, TokenFormerLM, from_pretrained, save_pretrained
 
 
 def test_a_hash_sees_what_cancels_and_what_changes_places():
-    from lit_modules.strategies import fingerprint
+    from lit_modules.strategies.ranks import fingerprint
 
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         one, other = (torch.randn(64, 3, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
@@ -29,7 +30,7 @@ def test_a_hash_sees_what_cancels_and_what_changes_places():
         assert fingerprint(one) == fingerprint(one.clone())
 
 
-class Watch(Callback):
+class Recorder(Callback):
     """Copies of weights and optimizer state at the start of each batch, before or after the growth."""
 
     def __init__(self):
@@ -76,7 +77,7 @@ def test_old_state_is_untouched_to_the_bit(corpus, tmp_path, implementation):
             return made
 
     module, data = module_and_data(corpus, tmp_path, Module)
-    before, after = Watch(), Watch()
+    before, after = Recorder(), Recorder()
     train(module, data, tmp_path, before, GrowParameterTokens(stages=STAGES), after)
     for step in (6, 10):
         assert before.moments[step].keys() == after.moments[step].keys()  # the new have none yet
@@ -97,9 +98,9 @@ def test_old_state_is_untouched_to_the_bit(corpus, tmp_path, implementation):
 
 def test_train_new_moves_no_old_bit(corpus, tmp_path):
     module, data = module_and_data(corpus, tmp_path, weight_decay=0.5, lr=1e-2)
-    watch = Watch()
-    train(module, data, tmp_path, GrowParameterTokens(stages=STAGES, train="new"), watch)
-    at_growth, at_end = watch.weights[10], {name: p.detach() for name, p in module.named_parameters()}
+    recorder = Recorder()
+    train(module, data, tmp_path, GrowParameterTokens(stages=STAGES, train="new"), recorder)
+    at_growth, at_end = recorder.weights[10], {name: p.detach() for name, p in module.named_parameters()}
     moved = {name for name, tensor in at_growth.items() if not torch.equal(tensor, at_end[name])}
     assert moved == {name for name in at_end if ".segments.2." in name}
     assert len(moved) == 2 * 2 * 5

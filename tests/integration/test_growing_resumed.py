@@ -7,8 +7,9 @@ import torch
 import yaml
 
 from lit_modules.cli import main
-from lit_modules.language import LanguageModule
-from lit_modules.optim import OptimConfig, lr_factor
+from lit_modules.modules.language import LanguageModule
+from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.schedule import lr_factor
 from tests.integration.growing import STAGES, checkpoint_of, config_of, contents, difference, fit, logged, saving
 from tests.integration.processes import run_in_processes
 from tests.integration.test_training import rows, write_config

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from lit_modules.cli import main
-from lit_modules.errors import RunError
+from lit_modules.runs.errors import RunError
 from tests.integration.growing import contents, difference
 from tests.integration.processes import run_in_processes
 from tests.integration.test_training import rows, write_config

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lit_modules import preemption
 from lit_modules.callbacks import Preemption
 from lit_modules.cli import main
+from lit_modules.runs import signals
 from tests.integration.test_resume import assert_same
 from tests.integration.test_training import rows, write_config
 
-SIGNAL_AT = "tests.integration.told.SignalAt"
+SIGNAL_AT = "tests.integration.signalling.SignalAt"
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
 STEP |= {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
 STEP |= {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_JOB_NAME": "tiny"}
@@ -38,7 +38,7 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, name, code):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--run_dir", str(stopped), *told_at(5, name)])
     assert ended.value.code == code
-    assert preemption._note not in [signal.getsignal(each) for each in preemption.EXIT_CODES]
+    assert signals._note not in [signal.getsignal(each) for each in signals.EXIT_CODES]
     assert [path.name for path in (stopped / "checkpoints").glob("step-*")] == ["step-00000006.ckpt"]
     assert rows(stopped, "val/loss") == rows(whole, "val/loss")[:3]
     assert (stopped / "requeue").exists() == (name == "SIGUSR1")
@@ -54,7 +54,7 @@ def test_a_disk_that_refuses_the_checkpoint_is_not_called_saved(corpus, tmp_path
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lit_modules.checkpoint_files.write_checkpoint", full)
+    monkeypatch.setattr("lit_modules.checkpoints.writing.write_checkpoint", full)
     config = write_config(tmp_path, corpus)
     with pytest.raises(SystemExit), pytest.warns(UserWarning, match="could not be written"), caplog.at_level("INFO"):
         main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), *told_at(2, "SIGTERM")])
@@ -68,16 +68,16 @@ def test_told_at_its_last_step_a_run_ends_as_always(corpus, tmp_path):
 
 
 def test_sigterm_before_the_training_ends_the_process_and_sigusr1_waits():
-    with preemption.listening():
+    with signals.listening():
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert preemption.asked() == signal.SIGUSR1
+        assert signals.requested() == signal.SIGUSR1
         with pytest.raises(SystemExit) as ended:
             os.kill(os.getpid(), signal.SIGTERM)
         assert ended.value.code == 143
-        preemption.set_training(True)
+        signals.set_training(True)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.asked() == signal.SIGUSR1  # the first
-    assert preemption.asked() == 0
+        assert signals.requested() == signal.SIGUSR1  # the first
+    assert signals.requested() == 0
 
 
 def test_a_task_of_a_job_has_the_folder_of_that_job_and_goes_on_in_it(corpus, tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def _answers(rank, folder, told, answers):
     callback._group = dist.new_group(backend="gloo")
     seen = []
     for step in range(6):
-        preemption._asked = preemption._asked or told[rank].get(step, 0)
+        signals._requested = signals._requested or told[rank].get(step, 0)
         seen.append(int(callback._agree()))
         if rank == step % 2:
             time.sleep(0.1)  # neither waits for the other

@@ -100,9 +100,9 @@ def test_a_leftover_of_an_interrupted_save_is_not_a_checkpoint(finished, tmp_pat
     arguments = ["--config", str(config), "--ckpt_path", "last", "--run_dir", str(run_dir)]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        from lit_modules.checkpoint_files import newest_whole
+        from lit_modules.checkpoints.validation import latest_valid
 
-        assert newest_whole((run_dir / "checkpoints").glob("*.ckpt")).name.endswith("00000008.ckpt")
+        assert latest_valid((run_dir / "checkpoints").glob("*.ckpt")).name.endswith("00000008.ckpt")
     main(["fit", *arguments, "--trainer.max_steps", "10", "--model.optim.schedule=constant"])
     assert (run_dir / "checkpoints" / "step-00000010.ckpt").exists()
 

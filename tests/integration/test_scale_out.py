@@ -9,9 +9,10 @@ from lightning import Callback
 
 from lit_modules.callbacks import GrowParameterTokens
 from lit_modules.cli import main
-from lit_modules.fsdp2 import FSDP2, check_shares
-from lit_modules.language import LanguageModule
-from lit_modules.optim import OptimConfig
+from lit_modules.modules.language import LanguageModule
+from lit_modules.optim.config import OptimConfig
+from lit_modules.strategies.fsdp2 import FSDP2
+from lit_modules.strategies.sharding import check_divisible
 from tests.conftest import ROOT
 from tests.integration.growing import checkpoint_of, config_of, contents, difference, fit, logged, saving
 from tests.integration.processes import run_in_processes
@@ -111,7 +112,7 @@ def test_counts_that_cant_be_divided_are_refused_before_training(corpus, tmp_pat
         GrowParameterTokens([{"at_step": 6, "qkv": 19}]).setup(trainer, module, "fit")
     softmax = TokenFormerLM(LMConfig(**sizes, proj_tokens=16, score_norm="softmax"))
     with pytest.raises(ValueError, match="needs model.config.score_norm=l2_norm_gelu, not softmax"):
-        check_shares(softmax, 2)
+        check_divisible(softmax, 2)
 
 
 def test_strategy_configs_compose_with_an_experiment(corpus, tmp_path):

@@ -46,7 +46,7 @@ def submit(capsys, config, run, *options):
 
 
 def hold(step):
-    return ["--trainer.callbacks+=tests.integration.told.Hold", f"--trainer.callbacks.step={step}"]
+    return ["--trainer.callbacks+=tests.integration.signalling.Hold", f"--trainer.callbacks.step={step}"]
 
 
 def wait_for(file, logs):

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from lit_modules.cli import main
-from lit_modules.language import LanguageModule
+from lit_modules.modules.language import LanguageModule
 from tests.conftest import ROOT
 
 TINY = {
@@ -98,7 +98,8 @@ def test_logged_metrics_are_right(trained):
 def test_logged_rates_are_those_of_the_schedule(trained):
     """What is logged is the rate that the step was made with, not the next one's."""
     _, run_dir = trained
-    from lit_modules.optim import OptimConfig, lr_factor
+    from lit_modules.optim.config import OptimConfig
+    from lit_modules.optim.schedule import lr_factor
 
     factor = lr_factor(OptimConfig(warmup_steps=2), 8)
     for step, lr in rows(run_dir, "train/lr"):
@@ -339,7 +340,7 @@ def test_unknown_keys_in_a_file_are_refused(corpus, tmp_path, capsys):
 
 def test_token_ids_outside_the_vocabulary_are_refused():
     from datamodules.text import TextDataModule
-    from lit_modules.optim import OptimConfig
+    from lit_modules.optim.config import OptimConfig
     from tokenformer import LMConfig
 
     module = LanguageModule(LMConfig(vocab_size=100, depth=1, dim=16, num_heads=2), OptimConfig())
@@ -374,9 +375,9 @@ def test_a_training_step_reads_nothing_from_the_device(corpus, tmp_path):
     """Between two lines of the log no value is copied to the host: on a GPU each such read would wait for it."""
     trainer = {"max_steps": 6, "log_every_n_steps": 6, "limit_val_batches": 0}
     config = write_config(tmp_path, corpus, trainer=trainer, checkpoint={"every_n_train_steps": 6})
-    watch = "--trainer.callbacks=tests.integration.watch.CountReads"
+    watch = "--trainer.callbacks=tests.integration.counting.CountReads"
     main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), watch, "--model.config.scale=learned"])
-    from tests.integration.watch import CountReads
+    from tests.integration.counting import CountReads
 
     assert len(CountReads.ops_of_steps) == 6
     assert all(ops > 100 for ops in CountReads.ops_of_steps)

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from datamodules.images import ImageDataModule
 from lit_modules.cli import main
-from lit_modules.language import LanguageModule
-from lit_modules.optim import OptimConfig
-from lit_modules.vision import VisionModule
+from lit_modules.modules.language import LanguageModule
+from lit_modules.modules.vision import VisionModule
+from lit_modules.optim.config import OptimConfig
 from tests.integration.growing import checkpoint_of, difference, fit
 from tests.integration.processes import run_in_processes
 from tests.integration.test_training import rows

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import tokenformer.fused as fused
 import tokenformer.loss as loss_module
-import tokenformer.operator as operator_module
 from tokenformer import Pattention
 from tokenformer.growth import append_tokens
 from tokenformer.kernels import cross_entropy, norm_gelu, norm_gelu_backward
@@ -21,7 +21,7 @@ ERROR = {torch.float32: 2e-6, torch.bfloat16: 2.5e-2, torch.float16: 2e-3}
 
 
 def use_kernels(monkeypatch, on=True):
-    for module in (operator_module, loss_module):
+    for module in (fused, loss_module):
         monkeypatch.setattr(module, "uses_kernels", lambda x, group=None: on)
 
 

@@ -102,7 +102,7 @@ class Collectives(TorchDispatchMode):
 
 @pytest.mark.parametrize("grown", [False, True])
 def test_fsdp2_calls_these_collectives(grown):
-    """Sharded, and grown afterwards, as by `lit_modules.fsdp2`; on 8 devices most parameters have odd rows."""
+    """Sharded, and grown afterwards, as by `sharding.py`; on 8 devices most parameters have odd rows."""
     torch.manual_seed(0)
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:

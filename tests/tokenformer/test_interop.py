@@ -18,7 +18,7 @@ from tokenformer import (
     save_pretrained,
 )
 from tokenformer.growth import pattention_layers, widen
-from tokenformer.interop import consolidated_state, load_checked, start_from
+from tokenformer.interop import consolidated_state, load_checked, load_initial_weights
 
 SIZES = {"depth": 2, "dim": 32, "num_heads": 2, "qkv_tokens": 16, "proj_tokens": 16, "ffn_tokens": 32}
 IDS = torch.arange(24).view(2, 12) % 64
@@ -136,16 +136,16 @@ def test_a_model_starts_from_a_folder(tmp_path):
     save_pretrained(source, tmp_path / "lm")
     same = {"qkv_tokens": 24, "proj_tokens": 20, "ffn_tokens": 56}
     learned = language_model(**same, scale="learned", max_seq_len=8, vocab_size=60, vocab_multiple=64).double()
-    start_from(learned, tmp_path / "lm")
+    load_initial_weights(learned, tmp_path / "lm")
     torch.testing.assert_close(learned(IDS % 60), source(IDS % 60)[..., :60], rtol=0, atol=1e-12)
     gains = [gain for name, gain in learned.named_parameters() if name.endswith("tau_gain")]
     assert len(gains) == 20  # of two norms in each of ten layers
     with pytest.raises(ValueError, match=r"set model\.config to ffn_tokens=56 \(not 32\)"):
-        start_from(language_model(**same | {"ffn_tokens": 32}), tmp_path / "lm")
+        load_initial_weights(language_model(**same | {"ffn_tokens": 32}), tmp_path / "lm")
     with pytest.raises(ValueError, match="is a language model, this is not"):
-        start_from(image_model(), tmp_path / "lm")
+        load_initial_weights(image_model(), tmp_path / "lm")
     with pytest.raises(ValueError, match="size mismatch for embedding"):
-        start_from(language_model(**same, vocab_size=300), tmp_path / "lm")
+        load_initial_weights(language_model(**same, vocab_size=300), tmp_path / "lm")
 
 
 def test_an_image_model_for_other_classes_and_sizes_keeps_all_but_its_head(tmp_path):
@@ -154,7 +154,7 @@ def test_an_image_model_for_other_classes_and_sizes_keeps_all_but_its_head(tmp_p
     model = image_model(num_classes=7, image_size=32, drop_path=0.1)
     torch.nn.init.normal_(model.head.weight)
     head = model.head.weight.clone()
-    start_from(model, tmp_path)
+    load_initial_weights(model, tmp_path)
     assert torch.equal(model.head.weight, head)
     images = torch.randn(2, 3, 16, 16)
     assert model(images).shape == (2, 7)
@@ -163,7 +163,7 @@ def test_an_image_model_for_other_classes_and_sizes_keeps_all_but_its_head(tmp_p
         torch.equal(model.state_dict()[n], t) for n, t in source.state_dict().items() if n.startswith("backbone")
     )
     again = image_model()
-    start_from(again, tmp_path)
+    load_initial_weights(again, tmp_path)
     assert torch.equal(again(images), source(images))
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import tokenformer.operator as operator_module
+import tokenformer.fused as fused
 
 CASES = Path(__file__).with_name("kernel_cases.py")
 
@@ -23,7 +23,7 @@ def run_cases(**environment):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.skipif(not operator_module.HAS_TRITON, reason="needs Triton, which is not installed")
+@pytest.mark.skipif(not fused.HAS_TRITON, reason="needs Triton, which is not installed")
 def test_in_the_interpreter():
     run_cases(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
@@ -35,20 +35,20 @@ def test_on_a_gpu():
 
 def test_operator_takes_them_where_they_are_right(monkeypatch):
     def taken(dtype=torch.bfloat16, is_cuda=True, group=None):
-        return operator_module.uses_kernels(SimpleNamespace(is_cuda=is_cuda, dtype=dtype), group)
+        return fused.uses_kernels(SimpleNamespace(is_cuda=is_cuda, dtype=dtype), group)
 
-    monkeypatch.setattr(operator_module, "HAS_TRITON", True)
+    monkeypatch.setattr(fused, "HAS_TRITON", True)
     assert taken()
     assert taken(torch.float16)
     assert taken(torch.float32)
     assert not taken(torch.float64)  # they sum in float32
     assert not taken(is_cuda=False)
     assert not taken(group=object())  # r is summed over processes before it is used
-    monkeypatch.setattr(operator_module, "HAS_TRITON", False)
+    monkeypatch.setattr(fused, "HAS_TRITON", False)
     assert not taken()
 
 
-@pytest.mark.skipif(not operator_module.HAS_TRITON, reason="needs Triton, which is not installed")
+@pytest.mark.skipif(not fused.HAS_TRITON, reason="needs Triton, which is not installed")
 @pytest.mark.parametrize(
     ("name", "wide", "narrow"),
     [

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 
 import tokenformer.hf as hf
 from datamodules.tokenizer import ByteTokenizer
-from lit_modules.tokenizer_files import write_tokenizer_files
+from lit_modules.commands.tokenizers import write_tokenizer_files
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig, from_pretrained, grow, save_pretrained
 from tokenformer.growth import grow_layers, pattention_layers
 

@@ -1,0 +1,1 @@
+"""Checkpoints: written whole or not at all, validated, read, and compared with the run that resumes."""

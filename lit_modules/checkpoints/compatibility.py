@@ -1,0 +1,49 @@
+"""What a resumed run must have in common with the one that wrote its checkpoint. Rates and batches may change."""
+
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch.callbacks import WeightAveraging
+
+
+def check_resume(checkpoint: dict[str, Any], module: Any) -> None:
+    """Compare a checkpoint with the run that loads it; outside of training only the kind of model has to agree.
+
+    Raises:
+        ValueError: for another kind of model; in training for another `model.config`, and for an average (EMA) that
+            the run does not keep.
+    """
+    saved, now = checkpoint.get("hyper_parameters", {}).get("config", {}), asdict(module.config)
+    kinds = ["vision" if "patch_size" in config else "language" for config in (saved, now)]
+    if saved and kinds[0] != kinds[1]:
+        raise ValueError(f"the checkpoint has a {kinds[0]} model, this run trains a {kinds[1]} model")
+    if module._trainer is None or not module.trainer.training:
+        return
+    changed = [name for name in now if saved.get(name, now[name]) != now[name]]
+    if changed:
+        shown = "; ".join(f"{name}: {saved[name]} then, {now[name]} now" for name in changed)
+        raise ValueError(
+            f"the checkpoint was trained with another model.config ({shown}): a resumed run has the same. To change it "
+            "start a new run from the weights: `tokenformer export`, then model.init_from"
+        )
+    averages = any(isinstance(callback, WeightAveraging) for callback in module.trainer.callbacks)
+    if "current_model_state" in checkpoint and not averages:  # the optimizer's state is of no use to their average
+        raise ValueError("the checkpoint was trained with EMA, this run is not: add --trainer.callbacks+=EMA")
+
+
+def check_resumable(trainer: Any) -> None:
+    """Refuse settings under which a resumed run could not be exact.
+
+    Raises:
+        ValueError: naming them.
+    """
+    every, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+    if isinstance(every, int) and every % accumulate:
+        raise ValueError(
+            f"trainer.val_check_interval={every} counts batches and is no multiple of "
+            f"trainer.accumulate_grad_batches={accumulate}: validations would come in the middle of a step"
+        )
+    if trainer.reload_dataloaders_every_n_epochs:
+        raise ValueError(
+            "trainer.reload_dataloaders_every_n_epochs: a new loader would repeat the same samples; leave it out"
+        )

@@ -1,0 +1,1 @@
+"""The commands of `tokenformer`, one file each, and what they share."""

@@ -1,0 +1,290 @@
+"""An experiment from a config: LightningCLI with run folders of their own, resume that is exact, and clear errors."""
+
+import dataclasses
+import inspect
+import logging
+import os
+import re
+import sys
+import warnings
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import lightning
+from jsonargparse import set_parsing_settings
+from lightning import LightningDataModule, LightningModule
+from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf.errors import OmegaConfBaseException
+
+import datamodules.images
+import datamodules.text  # noqa: F401  (makes their classes known by short names)
+from datamodules.loader import StreamDataModule
+from lit_modules import callbacks
+from lit_modules.callbacks import (
+    Checkpoint,
+    EvaluationRow,
+    FreeSpace,
+    ImagePredictions,
+    NonFinite,
+    Pictures,
+    Preemption,
+    Progress,
+    Summary,
+    Throughput,
+    TokenPredictions,
+    Watchdog,
+)
+from lit_modules.callbacks.checkpoint import RunCheckpoint
+from lit_modules.callbacks.watchdog import end_with
+from lit_modules.checkpoints.writing import AtomicCheckpointIO, remove_partial_checkpoints
+from lit_modules.commands.plan import num_devices, plan
+from lit_modules.commands.run_folder import config_name, resolve_run
+from lit_modules.modules import language, vision
+from lit_modules.modules.base import TokenFormerModule
+from lit_modules.modules.language import LanguageModule
+from lit_modules.modules.vision import VisionModule
+from lit_modules.runs.errors import RunError, explain
+from lit_modules.runs.lock import RunLock
+from lit_modules.runs.logs import ResumableCSVLogger
+from lit_modules.runs.slurm import check_tasks, environment
+from lit_modules.strategies import fsdp2
+from tokenformer import LMConfig
+
+# Class paths in the configs of older runs.
+sys.modules |= {f"lit_modules.{module.__name__.rsplit('.')[-1]}": module for module in (language, vision, fsdp2)}
+
+# How the processes that Lightning starts for a run learn what its first process settled.
+RUN_DIR, CKPT_PATH = "TOKENFORMER_RUN_DIR", "TOKENFORMER_CKPT_PATH"
+FIRST_PROCESS = "TOKENFORMER_FIRST_PROCESS"  # its pid
+
+QUIET = (
+    ".*does not have many workers.*",  # batches are read from a memory-mapped file
+    ".*WeightAveraging callback with a model that overrides.*",
+    ".*exists and is not empty.*",  # a resumed run goes on in its folder
+    ".*dirpath has changed.*",  # validate and predict have run folders of their own
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.15
+    ".*It is recommended to use `self.log.*sync_dist.*",  # the sums that it logs are over all devices already
+    ".*The `srun` command is available.*",  # outside of a job; in one, lit_modules/runs/slurm.py has looked
+    ".*`IterableDataset` has `__len__` defined.*",  # ours takes the workers into account
+)
+
+
+class Trainer(lightning.Trainer):
+    """Lightning's, with one more command."""
+
+    def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Tokenize the data and stop."""
+        datamodule.prepare_data()
+
+    def plan(
+        self,
+        model: LanguageModule,
+        datamodule: LightningDataModule,
+        devices: int | None = None,
+        mfu: float = 0.4,
+        device: str = "H100",
+        network: float | None = None,
+        out: str | None = None,
+    ) -> None:
+        """Print what the run would cost, a row for each size that it grows to; and the last size on 1 to 1,024 devices.
+
+        Args:
+            model: the configured one.
+            datamodule: the configured one.
+            devices: of all machines together. Default: those of the config.
+            mfu: share of the device's peak that the training reaches.
+            device: whose peak, memory and links: H100, A100, ...
+            network: GB/s that a device sends between nodes. Default: what such devices usually come with.
+            out: a CSV file for the numbers, in bytes, FLOPs and hours; those of the second table: OUT-devices.csv.
+        """
+        assert devices is not None  # settled before anything was built
+        print(plan(model, datamodule, self, devices=devices, mfu=mfu, device=device, network=network, out=out))
+
+
+class ArgumentParser(LightningArgumentParser):
+    """Says what is wrong in a line or two, with the nearest known name for an unknown key, and no page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
+            super().error(message, ex)
+        asked = re.search(r"(?:does not accept option '|Option '|[Kk]ey '|unrecognized arguments: -*)([\w.]+)", message)
+        if asked and re.search(r"not accept|not expected|unrecognized", message):
+            key = asked[1]
+            whole = get_close_matches(key, [action.dest for action in self._actions], n=1, cutoff=0.9)
+            near = whole or get_close_matches(key.rsplit(".", 1)[-1], self._known_names(), n=1, cutoff=0.6)
+            known = bool(near) and near[0] == key  # but not of the class that it is given to
+            hint = f": not of the class that it is given to (`{key}` of a callback: the last one)" if known else ""
+            message = f"unknown key {key!r}" + (hint or (f": did you mean {near[0]!r}?" if near else ""))
+        sys.stderr.write(f"error: {message}\n(`tokenformer COMMAND --help` lists all keys)\n")
+        self.exit(2)
+
+    def _known_names(self) -> list[str]:
+        names = {action.dest for action in self._actions}
+        ours = (getattr(callbacks, name) for name in callbacks.__all__)
+        for known in (*TokenFormerModule.__subclasses__(), *StreamDataModule.__subclasses__(), *ours):
+            for parameter in inspect.signature(known).parameters.values():
+                names.add(parameter.name)
+                if dataclasses.is_dataclass(parameter.annotation):
+                    names |= {field.name for field in dataclasses.fields(parameter.annotation)}
+        return sorted({part for name in names for part in name.split(".")})
+
+
+class ExperimentCLI(LightningCLI):
+    """LightningCLI for this project's modules."""
+
+    held_locks: ClassVar[list[RunLock]] = []  # of the run in this process; it outlives a constructor that raises
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("prepare", "plan")}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = ArgumentParser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="a YAML file; of several, the later wins")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str | None, help="of the experiment (default: the first config file's)")
+        parser.add_argument("--run_dir", type=str | None, help="the run's folder (default: runs/NAME/DATE-TIME-RANDOM)")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "best")
+        parser.add_lightning_class_args(NonFinite, "nonfinite")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "step-{step:08d}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.every_n_train_steps": 1000,
+                "checkpoint.monitor": "step",
+                "checkpoint.mode": "max",
+                "checkpoint.save_top_k": 2,
+                "checkpoint.enable_version_counter": False,  # a damaged one is replaced
+                "best.filename": "best-step-{step:08d}",
+                "best.auto_insert_metric_name": False,
+                "best.monitor": "val/loss",
+                "best.mode": "min",
+                "best.enable_version_counter": False,
+            }
+        )
+        for size in ("vocab_size", "num_classes"):  # of the tokenizer, of the images
+            parser.link_arguments(f"data.{size}", f"model.init_args.config.{size}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
+        self._args = args
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config as the user gave it; Lightning would let the checkpoint's hyperparameters overrule it."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run's folder and the checkpoint to start from."""
+        config = self.config[self.config.subcommand]
+        config.name = config.name or config_name(sys.argv[1:] if self._args is None else self._args)
+        if self.config.subcommand == "plan" and config.devices is None:
+            config.devices = num_devices(config.trainer.devices, config.trainer.num_nodes)
+        if self.config.subcommand in ("prepare", "plan"):
+            return
+        per_node = config.trainer.devices
+        check_tasks(None if str(per_node) in ("auto", "-1") else num_devices(per_node, 1), config.trainer.num_nodes)
+        self._own_run_dir = config.run_dir is not None
+        if RUN_DIR not in os.environ:
+            run_dir, checkpoint = resolve_run(self.config.subcommand, config)
+            if _get_rank() in (None, 0):  # the others, where a launcher started them, hear of it from Lightning
+                try:
+                    run_dir.mkdir(parents=True, exist_ok=True)
+                    self.held_locks.append(RunLock(run_dir))
+                except OSError as error:
+                    raise ValueError(f"run_dir={run_dir}: can't be written to ({error.strerror})") from error
+                remove_partial_checkpoints(run_dir / "checkpoints")
+            os.environ |= {RUN_DIR: str(run_dir), CKPT_PATH: str(checkpoint or ""), FIRST_PROCESS: str(os.getpid())}
+        self._run_dir = os.environ[RUN_DIR]
+        config.ckpt_path = os.environ[CKPT_PATH] or None
+        given_size = config.model.init_args.get("config", {}).get("vocab_size")
+        if given_size not in (None, LMConfig.vocab_size):
+            raise ValueError(
+                f"model.config.vocab_size={given_size}: leave it out, it is the tokenizer's; "
+                "model.config.vocab_multiple rounds the embedding up"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        config = self._get(self.config_init, "trainer")
+        if self.subcommand == "prepare":
+            return Trainer(logger=False, enable_checkpointing=False, barebones=True)
+        if self.subcommand == "plan":  # touches no accelerator, whatever the config asks for
+            here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+            return super().instantiate_trainer(**here, enable_progress_bar=False, enable_model_summary=False)
+        run_dir = self._run_dir
+        # The saved config is of use again: it names neither this run's folder nor what it was resumed from.
+        saved = self.config[self.config.subcommand]
+        saved.run_dir = saved.ckpt_path = None
+        kwargs["default_root_dir"] = run_dir
+        if config.logger is not False and not config.fast_dev_run:
+            default = config.logger in (None, True)
+            given = [TensorBoardLogger(run_dir, name="", version="")] if default else _as_list(config.logger)
+            # First in the list, so that the config goes into the run's folder; `plot` and LossCurve read it.
+            kwargs["logger"] = [ResumableCSVLogger(run_dir), *given]
+        kwargs["plugins"] = [
+            *_as_list(config.plugins),
+            AtomicCheckpointIO(self._get(self.config_init, "checkpoint").asynchronous),
+            *environment(),
+        ]
+        always = [Throughput(), Summary(run_dir), FreeSpace(), Watchdog()]
+        if isinstance(self.model, VisionModule):
+            folder = Path(run_dir) if self._own_run_dir else Path(run_dir).parent  # which other runs have too
+            always += [ImagePredictions(), Pictures(), EvaluationRow(saved.name, folder / "results.csv")]
+        else:
+            always.append(TokenPredictions())
+        if config.enable_progress_bar is not False:
+            always.append(Progress())
+        kwargs["enable_model_summary"] = bool(config.enable_model_summary)  # Summary says it in a line
+        # Preemption comes first: a run that stops before a step does not grow in it.
+        config.callbacks = [Preemption(run_dir, os.environ[CKPT_PATH]), *_as_list(config.callbacks), *always]
+        for key in ("checkpoint", "best"):
+            callback = self._get(self.config_init, key)
+            # Absolute: where a checkpoint has another name of this folder, they would forget what they saved there.
+            callback.dirpath = callback.dirpath or os.path.join(os.path.realpath(run_dir), "checkpoints")
+        return super().instantiate_trainer(**kwargs)
+
+
+def _as_list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [] if given is None else [given]
+
+
+def run(args: list[str] | None, cli: type[ExperimentCLI] = ExperimentCLI) -> ExperimentCLI:
+    """Parse, build and run a command; `args` default to the process's."""
+    for pattern in QUIET:
+        warnings.filterwarnings("ignore", pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${data.init_args.seq_len} works in a config
+    first_process = RUN_DIR not in os.environ
+    if FIRST_PROCESS in os.environ:
+        end_with(int(os.environ[FIRST_PROCESS]))
+    try:
+        return cli(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=Trainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
+            args=args,
+        )
+    except OmegaConfBaseException as error:
+        raise ValueError(f"the config holds a ${{...}} that can't be resolved: {error}") from error
+    except Exception as error:
+        if not isinstance(error, RunError) and (known := explain(error)):
+            raise RunError(known) from error
+        raise
+    finally:  # a second run in this process gets a folder of its own
+        if first_process:
+            for name in (RUN_DIR, CKPT_PATH, FIRST_PROCESS):
+                os.environ.pop(name, None)
+        while ExperimentCLI.held_locks:
+            ExperimentCLI.held_locks.pop().release()

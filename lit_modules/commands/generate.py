@@ -1,0 +1,192 @@
+"""Let a language model go on with texts.
+
+CKPT is the folder of an exported or imported model, or a checkpoint of a run, whose tokenizer is found through the
+config.yaml of the run (with EMA, the average writes). A prompt is the beginning of a document. A text ends with the
+end-of-text token, with a --stop, which is left out, or after --max_new_tokens.
+
+  tokenformer generate models/150m --prompt "The meaning of life is" --temperature 0.8 --top_p 0.95
+  tokenformer generate runs/quickstart/20260131-120000-ab12/checkpoints/step-00000600.ckpt --prompt "def " --stop "def "
+  tokenformer generate models/150m --prompt "One: " --prompt "Two: " --prompt_file letter.txt --temperature 0
+
+Prompts are read together and printed one after the other; what is written for one does not depend on the others. The
+same seed gives the same texts.
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_modules.commands.tokenizers import tokenizer_of
+from lit_modules.modules.loading import load_model
+from tokenformer import TokenFormerLM
+from tokenformer.generation import stream
+
+DEFAULT_NEW_TOKENS = 256
+NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of bytes that are no text
+
+
+def write(
+    model: TokenFormerLM,
+    tokenizer: Any,
+    prompts: list[str],
+    max_new_tokens: int | None = None,
+    stop: list[str] | None = None,
+    seed: int = 0,
+    **sampling: Any,
+) -> Iterator[tuple[int, str | None]]:
+    """Go on with texts, as it is written.
+
+    Args:
+        model: a language model.
+        tokenizer: its tokenizer.
+        prompts: the texts.
+        max_new_tokens: for each. Default: 256, or what the context has room for.
+        stop: texts that end a text.
+        seed: of the sampling.
+        sampling: temperature, top_k, top_p of :func:`tokenformer.generate`.
+
+    Yields:
+        The number of a prompt and what comes next in its text; None when it has ended.
+
+    Raises:
+        ValueError: for settings that can't work, and what is longer than the model's context.
+    """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the model has vocab_size="
+            f"{model.config.vocab_size}: it is another model's; give --tokenizer"
+        )
+    ids = [[tokenizer.end_of_text, *prompt] for prompt in tokenizer.encode_batch(prompts)]  # a document begins
+    if max_new_tokens is None:
+        room = model.config.max_seq_len - max(len(row) for row in ids)
+        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+    texts = [Text(tokenizer, row, stop or []) for row in ids]
+    generator = torch.Generator().manual_seed(seed)
+    steps = stream(model, ids, max_new_tokens, stop=lambda row, _: texts[row].ended, generator=generator, **sampling)
+    for step in steps:
+        for row, new_id in step.items():
+            yield row, texts[row].add(new_id)
+            if texts[row].ended:
+                yield row, None
+    for row, text in enumerate(texts):
+        if not text.ended:
+            yield row, text.end()
+            yield row, None
+
+
+class Text:
+    """A text whose ids come one at a time. Gives out what will stay as it is: whole characters, no half of a stop.
+
+    Args:
+        tokenizer: of the ids.
+        prompt: ids that are there already.
+        stop: what ends the text, and is left out.
+
+    Attributes:
+        ended: by a stop, the end-of-text token or :meth:`end`.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: list[int], stop: list[str]) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        # Ids are decoded together with those before them, since some tokenizers put a space between the two.
+        self._before, self._ids = list(prompt), list[int]()
+        self._given = 0  # characters of `_ids` that are given out
+        self._held = ""  # may be the beginning of a stop
+        self.ended = False
+
+    def add(self, new_id: int) -> str:
+        """What another id adds."""
+        if new_id == self._tokenizer.end_of_text:
+            return self.end()
+        self._ids.append(new_id)
+        start = len(self._tokenizer.decode(self._before))
+        text = self._tokenizer.decode(self._before + self._ids)[start:]
+        whole = text.rstrip(NO_CHARACTER)  # the bytes at the end may be the first of a character
+        piece, self._given = whole[self._given :], len(whole)
+        if whole == text:
+            self._before, self._ids, self._given = self._ids, [], 0
+        return self._until_stop(piece)
+
+    def end(self) -> str:
+        """No more ids come: what was held back as the possible beginning of a stop."""
+        self.ended = True
+        return self._held
+
+    def _until_stop(self, piece: str) -> str:
+        text = self._held + piece
+        if found := [text.index(stop) for stop in self._stop if stop in text]:
+            self.ended = True
+            return text[: min(found)]
+        beginnings = (stop[:n] for stop in self._stop for n in range(1, len(stop)))
+        held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def show(prompts: list[str], pieces: Iterator[tuple[int, str | None]]) -> None:
+    """Print texts one after the other: each as it is written, once those before it have ended."""
+    headings = [f"--- {i} of {len(prompts)} ---\n" if len(prompts) > 1 else "" for i in range(1, len(prompts) + 1)]
+    waiting = [heading + prompt for heading, prompt in zip(headings, prompts, strict=True)]
+    ended: set[int] = set()
+    turn = 0
+    for row, piece in pieces:
+        if piece is None:
+            ended.add(row)
+            waiting[row] += "\n"
+        else:
+            waiting[row] += piece
+        while turn < len(prompts):
+            print(waiting[turn], end="", flush=True)
+            waiting[turn] = ""
+            if turn not in ended:
+                break
+            turn += 1
+
+
+def main(args: list[str]) -> None:
+    """The command `tokenformer generate`; its `--help` is this file's docstring."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("tokenformer generate", description=__doc__, formatter_class=layout)
+    parser.add_argument("source", type=Path, metavar="CKPT", help="the folder of an exported model, or a checkpoint")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--prompt_file", action="append", default=[], type=Path, metavar="FILE", help="a prompt, whole")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help=f"of each text (default: {DEFAULT_NEW_TOKENS}, or what the context has room for)",
+    )
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    parser.add_argument("--top_k", type=int, metavar="K", help="sample among the K likeliest tokens")
+    parser.add_argument("--top_p", type=float, metavar="P", help="... among those that together have probability P")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; several times too")
+    parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the model's)")
+    given = vars(parser.parse_args(args))
+    source, tokenizer = given.pop("source"), given.pop("tokenizer")
+    prompts = given.pop("prompt") + [_read(path) for path in given.pop("prompt_file")]
+    if not prompts:
+        raise ValueError('no prompt: give --prompt TEXT or --prompt_file FILE; --prompt "" begins a document')
+    if "" in given["stop"]:
+        raise ValueError('--stop "": give a text')
+    model = load_model(source)
+    if not isinstance(model, TokenFormerLM):
+        raise ValueError(f"{source} is an image model and writes no text: `tokenformer predict` names images")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    show(prompts, write(model, tokenizer_of(source, tokenizer), prompts, **given))
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"--prompt_file {path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt_file {path}: is not UTF-8 text ({error})") from error

@@ -1,0 +1,67 @@
+"""Which folder a run has, and which checkpoint it starts from."""
+
+import re
+import secrets
+import time
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from lit_modules.checkpoints.reading import read_header
+from lit_modules.checkpoints.validation import latest_valid
+from lit_modules.runs.slurm import launch_name
+
+
+def resolve_run(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint that it starts from.
+
+    Raises:
+        ValueError: for a folder that holds another run, and a checkpoint that is not there or not whole.
+    """
+    experiment = Path(config.trainer.default_root_dir or "runs") / config.name
+    given = Path(config.run_dir) if config.run_dir else None
+    if config.ckpt_path == "auto" and subcommand == "fit":
+        if given is None and launch_name() is None:
+            raise ValueError("ckpt_path=auto goes on with the run in a folder, or begins it there: give --run_dir")
+        folder = given or _new_run_dir(experiment, subcommand)
+        there = list(folder.glob("checkpoints/*.ckpt"))
+        checkpoint = latest_valid(there)
+        if there and checkpoint is None:
+            raise ValueError(f"ckpt_path=auto: all checkpoints in {folder} are damaged: delete them to begin anew")
+        return folder, checkpoint
+    checkpoint = Path(config.ckpt_path) if config.ckpt_path else None
+    if config.ckpt_path == "last":
+        checkpoint = latest_valid(
+            given.glob("checkpoints/*.ckpt") if given else experiment.glob("*/checkpoints/*.ckpt")
+        )
+        if checkpoint is None:
+            raise ValueError(f"ckpt_path=last: there is no whole checkpoint in {given or experiment}")
+    elif checkpoint:
+        try:
+            read_header(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"ckpt_path={error}; `last` takes the newest whole one of {experiment}") from None
+    if checkpoint and config.ckpt_path == "last" and subcommand == "fit" and not given:
+        return checkpoint.parent.parent, checkpoint  # goes on where the run is
+    folder = given or _new_run_dir(experiment, subcommand)
+    resumes = subcommand == "fit" and checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
+    if (folder / "config.yaml").exists() and not resumes:
+        raise ValueError(f"run_dir={folder} holds a run already: go on with it by --ckpt_path last, or choose another")
+    return folder, checkpoint
+
+
+def config_name(args: list[str]) -> str:
+    """The name of the first config file on the command line, without its ending; others change how it is run."""
+    file = re.search(r"(?:^|\n)(?:-c|--config)[\n=]([^\n]+)", "\n".join(args))
+    return Path(file[1]).stem if file else "run"
+
+
+def _new_run_dir(experiment: Path, subcommand: str) -> Path:
+    """A folder that no other run has, even if it starts in the same second."""
+    suffix = "" if subcommand == "fit" else f"-{subcommand}"
+    return experiment / f"{launch_name() or new_name()}{suffix}"
+
+
+def new_name() -> str:
+    """Date, time and something random."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

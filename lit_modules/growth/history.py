@@ -1,0 +1,36 @@
+"""What is remembered of a model's growths: in its checkpoints, and as `growth.csv`."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from tokenformer.growth import COUNT_OF
+
+
+def count_by_kind(counts: dict[str, int]) -> dict[str, str]:
+    """Tokens of the layers of each kind; two numbers, the smallest and the largest, where they differ."""
+    by_kind: dict[str, set[int]] = {kind: set() for kind in dict.fromkeys(COUNT_OF.values())}
+    for name, count in counts.items():
+        by_kind[COUNT_OF[name.rsplit(".", 1)[-1]]].add(count)
+    extremes = {kind: sorted({min(found), max(found)}) if found else [] for kind, found in by_kind.items()}
+    return {kind: "-".join(map(str, ends)) for kind, ends in extremes.items()}
+
+
+def write_growths(path: Path, growths: list[dict[str, Any]]) -> None:
+    """A row of each growth of a model, as CSV; no file without any."""
+    if not growths:
+        path.unlink(missing_ok=True)  # of growths that a run had after the checkpoint from which it goes on
+        return
+    columns = [name for name in growths[0] if name not in ("asked", "new", "anneal_until")]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(growths)
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Sizes before and after, for a reader."""
+    kinds = (kind for kind in ("qkv", "proj", "ffn") if record[f"{kind}_before"] != record[f"{kind}_after"])
+    counts = ", ".join(f"{kind} {record[f'{kind}_before']} -> {record[f'{kind}_after']}" for kind in kinds)
+    sizes = counts or f"width x {record['width']}"
+    return f"{record['params_before']:,} -> {record['params_after']:,} parameters ({sizes})"

@@ -1,0 +1,100 @@
+"""How a growth is done: how new tokens start, what is trained; rehearsed without contents, and done to modules."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from lit_modules.growth.history import count_by_kind
+from lit_modules.growth.stages import Stage
+from tokenformer.growth import (
+    Init,
+    ScaleAfter,
+    grow_layers,
+    pattention_layers,
+    plan_growth,
+    why_not_exact,
+    widen,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How growth is done; the fields are those of :class:`lit_modules.callbacks.GrowParameterTokens`."""
+
+    init: Init = "zero_keys"
+    scale: ScaleAfter = "fixed"
+    layers: str | list[str] = "all"
+    seed: int = 0
+    train: Literal["all", "new"] = "all"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("init", Init), ("scale", ScaleAfter), ("train", Literal["all", "new"])):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(get_args(choices))}")
+        if self.train == "new" and self.init == "split":
+            raise ValueError("train: new keeps the old tokens as they are, init: split divides their values")
+
+
+def rehearse(model: Any, stages: Sequence[Stage], recipe: Recipe, verify: bool = False) -> Iterator[Any]:
+    """Do all stages to a model without contents (on `meta`): the model after each, with what is frozen then.
+
+    Raises:
+        ValueError: for a stage that can't be done, or, with `verify`, one that is not exact.
+    """
+    for i, stage in enumerate(stages):
+        try:
+            if stage.width is not None:
+                model = widen(model, stage.width)
+            else:
+                found = pattention_layers(model)
+                layer = next(iter(found.values()), None)
+                if layer is not None and layer.tau_gain is not None and recipe.scale == "anneal":
+                    raise ValueError("scale: anneal moves a tau that model.config.scale: learned trains: choose one")
+                if layer is not None and verify:
+                    scale = "current" if layer.scale == "current" else recipe.scale
+                    if reason := why_not_exact(recipe.init, scale, layer.score_norm):
+                        raise ValueError(f"{reason}; it can't be verified: set verify: false, or choose an exact kind")
+                old = dict(model.named_parameters())
+                planned = _planned(model, stage, recipe)
+                grow_layers(model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed)
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(recipe.train == "all" or name not in old)
+        except ValueError as error:
+            raise ValueError(f"stage {i + 1} {stage}: {error}") from error
+        yield model
+
+
+def _planned(model: Any, stage: Stage, recipe: Recipe) -> dict[str, int]:
+    """New tokens of each layer."""
+    planned = plan_growth(model, stage.counts, recipe.layers, stage.factor)
+    if not planned:
+        raise ValueError(f"adds no tokens to the layers chosen (layers: {recipe.layers})")
+    return planned
+
+
+def grow_modules(modules: Sequence[Any], stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """Grow a TokenFormerModule, and averages of it alike; say what happened, for the history and `growth.csv`."""
+    model = modules[0].model
+    params_before, old = model.num_params(), dict(model.named_parameters())
+    before = {name: layer.num_tokens for name, layer in pattention_layers(model).items()}
+    planned: dict[str, int] = {}
+    if stage.width is None:
+        planned = _planned(model, stage, recipe)
+    for module in modules:
+        if stage.width is None:
+            grow_layers(module.model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed)
+        else:
+            module.set_model(widen(module.model, stage.width, recipe.seed))
+    after = before | {name: before[name] + added for name, added in planned.items()}
+    return {
+        "init": recipe.init,
+        "scale": recipe.scale,
+        "train": recipe.train,
+        "width": stage.width or 1,
+        **{f"{kind}_before": count for kind, count in count_by_kind(before).items()},
+        **{f"{kind}_after": count for kind, count in count_by_kind(after).items()},
+        "params_before": params_before,
+        "params_after": modules[0].model.num_params(),
+        "asked": asdict(stage),
+        "new": [name for name, _ in modules[0].model.named_parameters() if name not in old],
+    }

@@ -1,0 +1,155 @@
+"""When a model grows, and how far."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.schedule import check_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plateau:
+    """A metric that no longer gets better.
+
+    Attributes:
+        monitor: name of a logged metric.
+        mode: min for one that should fall, max for one that should rise, such as val/top1.
+        patience: validations without a new best.
+        min_delta: what a new best must be better by.
+    """
+
+    monitor: str = "val/loss"
+    mode: Literal["min", "max"] = "min"
+    patience: int = 3
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"on_plateau.mode={self.mode!r}: choose min or max")
+        if self.patience < 1:
+            raise ValueError(f"on_plateau.patience={self.patience}: must be at least 1 validation")
+        if not self.min_delta >= 0:
+            raise ValueError(f"on_plateau.min_delta={self.min_delta}: must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """When to grow, and how far. Exactly one moment; counts or a factor.
+
+    Attributes:
+        at_step: before this optimizer step (0 is the first).
+        at_tokens: at the first step that begins with so many training tokens behind it.
+        on_plateau: after a validation, when a metric has stopped getting better.
+        qkv: parameter tokens of each query, key and value projection afterwards.
+        proj: of the output projections.
+        ffn: of the feed-forward layers.
+        factor: in place of counts: parameter tokens afterwards over those before.
+        width: in place of both, for a Transformer baseline: channels afterwards over channels before (Net2Net), a whole
+            number.
+    """
+
+    at_step: int | None = None
+    at_tokens: float | None = None
+    on_plateau: Plateau | None = None
+    qkv: int | None = None
+    proj: int | None = None
+    ffn: int | None = None
+    factor: float | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        moments = (self.at_step, self.at_tokens, self.on_plateau)
+        if sum(moment is not None for moment in moments) != 1:
+            raise ValueError(f"stage {self}: give one of at_step, at_tokens, on_plateau")
+        counted = any(count is not None for count in self.counts.values())
+        if sum([counted, self.factor is not None, self.width is not None]) != 1:
+            raise ValueError(f"stage {self}: give a factor, or some of qkv, proj, ffn (for a baseline: width)")
+        if self.factor is not None and not 1 < self.factor < math.inf:
+            raise ValueError(f"stage {self}: factor must be above 1, growth only adds")
+        if self.at_step is not None and self.at_step < 1:
+            raise ValueError(f"stage {self}: at_step must be at least 1; model.config has the size to begin with")
+        if self.at_tokens is not None and not self.at_tokens > 0:
+            raise ValueError(f"stage {self}: at_tokens must be above 0; model.config has the size to begin with")
+
+    @property
+    def counts(self) -> dict[str, int | None]:
+        """Tokens afterwards by kind of layer."""
+        return {"qkv": self.qkv, "proj": self.proj, "ffn": self.ffn}
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> "Stage":
+        """From what a checkpoint or a script has."""
+        known = [field.name for field in fields(cls)]
+        if unknown := given.keys() - set(known):
+            raise ValueError(f"stage {given}: {unknown.pop()!r} is not one of {', '.join(known)}")
+        plateau = given.get("on_plateau")
+        return cls(**given | {"on_plateau": Plateau(**plateau) if isinstance(plateau, dict) else plateau})
+
+    def __str__(self) -> str:
+        return "{" + ", ".join(f"{name}: {value}" for name, value in asdict(self).items() if value is not None) + "}"
+
+
+def check_order(stages: Sequence[Stage], steps: Sequence[int | None], max_steps: int) -> None:
+    """The stages are in order and come before the end; `steps` has None where a step is not known yet.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    last = 0
+    for i, (stage, step) in enumerate(zip(stages, steps, strict=True)):
+        if step is None:
+            continue
+        if step >= max_steps >= 0:
+            raise ValueError(f"stage {i + 1} {stage} comes at step {step}: trainer.max_steps={max_steps}")
+        if step <= last:
+            raise ValueError(f"stage {i + 1} {stage} comes at step {step}, not after {stages[i - 1]}")
+        last = step
+
+
+def check_room(
+    steps: Sequence[int | None], max_steps: int, optim: OptimConfig, restarts: bool, anneal_steps: int
+) -> None:
+    """Each stage has room for its warm-up, if the schedule restarts, and for the steps in which tau anneals.
+
+    Raises:
+        ValueError: naming the first that has not.
+    """
+    known = [step for step in steps if step is not None]
+    for i, (start, end) in enumerate(zip((0, *known), (*known, max_steps), strict=True)):
+        if restarts:
+            check_schedule(optim, end - start, f"steps {start} to {end}, a stage of schedule: restart")
+        if i and anneal_steps > end - start:
+            raise ValueError(f"anneal_steps={anneal_steps} don't fit into steps {start} to {end} of a stage")
+
+
+def check_past(
+    stages: Sequence[Stage], saved: list[dict[str, Any]], growths: list[dict[str, Any]], step: int, tokens: int
+) -> None:
+    """The past of a resumed run is the one that its stages ask for.
+
+    Args:
+        stages: of the run.
+        saved: those that the checkpoint's run had.
+        growths: its history.
+        step: where it goes on.
+        tokens: training tokens until then.
+
+    Raises:
+        ValueError: if not, with both.
+    """
+    wanted = [asdict(stage) for stage in stages]
+    past = [record["asked"] for record in growths if record["stage"] is not None]
+    agrees = wanted[: len(past)] == past
+    for i, stage in enumerate(stages[len(past) :], len(past)):
+        if wanted[i : i + 1] != saved[i : i + 1]:  # new: must not have been due before
+            agrees &= stage.at_step is None or stage.at_step >= step
+            agrees &= stage.at_tokens is None or stage.at_tokens >= tokens
+    if not agrees:
+        raise ValueError(
+            f"the stages contradict the past of this run, at step {step} with {len(past)} of them done.\n"
+            f"  of the checkpoint: {'; '.join(str(Stage.from_dict(stage)) for stage in saved or past) or 'none'}\n"
+            f"  of this config:    {'; '.join(map(str, stages))}\n"
+            "Stages that are done must stay as they were; new ones must lie ahead."
+        )

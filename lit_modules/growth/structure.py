@@ -1,0 +1,44 @@
+"""What the past growths of a module mean for its model: its structure, what is frozen, taus that are on their way."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tokenformer.growth import anneal_taus, pattention_layers
+
+
+def match_structure(module: Any, saved: Mapping[str, Any], growths: list[dict[str, Any]]) -> None:
+    """Give a module's model the width and the segments of a saved one, and freeze what was frozen in its last growth.
+
+    Args:
+        module: a TokenFormerModule.
+        saved: what the saved module's state dict has, by name; anything with a shape.
+        growths: the saved history.
+    """
+    module.growths = growths
+    dim = math.prod(record["width"] for record in growths) * module.config.dim
+    if getattr(getattr(module.model, "config", None), "dim", dim) != dim:  # its contents come with the checkpoint
+        wider = module.build_model(dim // module.config.dim)
+        module.set_model(wider.to(next(module.model.parameters())))
+    prefix = "model."
+    shapes = {name.removeprefix(prefix): t.shape for name, t in saved.items() if name.startswith(prefix)}
+    for name, layer in pattention_layers(module.model).items():
+        layer.match(shapes, f"{name}.")
+    freeze_old_tokens(module)
+
+
+def freeze_old_tokens(module: Any) -> None:
+    """In a training freeze what is older than the last growth, if that growth says so, and nothing else."""
+    if not pattention_layers(module.model):
+        return  # a timm model may have parameters that are never trained
+    only_new = module.growths and module.growths[-1]["train"] == "new" and module._trainer is not None
+    new = set(module.growths[-1]["new"]) if only_new else None
+    for name, parameter in module.model.named_parameters():
+        parameter.requires_grad_(new is None or name in new)
+
+
+def anneal_tau(module: Any, step: int) -> None:
+    """Move the taus on, by an optimizer step, which the last growth lets go to sqrt(tokens)."""
+    left = module.growths[-1]["anneal_until"] - step if module.growths else 0
+    if left > 0:
+        anneal_taus(module.model, left)

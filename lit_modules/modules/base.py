@@ -1,0 +1,284 @@
+"""What the modules for language and vision share: hooks of Lightning, in the order in which it calls them."""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from lit_modules.checkpoints.compatibility import check_resumable, check_resume
+from lit_modules.growth.structure import anneal_tau, match_structure
+from lit_modules.optim.clipping import clip_grad_norm
+from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.groups import adamw, module_param_groups, update_param_groups
+from lit_modules.optim.schedule import LearningRate, check_schedule
+from lit_modules.optim.skip_step import propagate_nonfinite, skip_if_nonfinite
+from lit_modules.runs.logs import is_log_step
+from lit_modules.strategies.ranks import data_parallel_rank
+from tokenformer.config import BackboneConfig
+from tokenformer.interop import load_initial_weights
+
+
+class TokenFormerModule(LightningModule, ABC):
+    """Base of a module that trains one model, `self.model`, with AdamW, and whose model may grow.
+
+    Logs `train/loss`, `train/lr` and `train/grad_norm` every `trainer.log_every_n_steps` optimizer steps, the loss
+    averaged over the batches of the step and over all ranks. What is random in a step depends on the seed, the step
+    and the rank alone, so a resumed run draws the same.
+
+    Attributes:
+        config: of the model before any growth.
+        checkpoint_activations: whether only each block's input is kept for the backward pass.
+        recompute_scores: whether Pattention layers keep no scores for it.
+        growths: one record of each growth so far, oldest first; goes into the checkpoint.
+        learning_rate: its peak and its schedule.
+        old_lr_scale: rate of the parameters from before the last growth, over that of the new ones.
+        skipped: float32 (), 1 if the last optimizer step was left out since it was not finite, else 0.
+    """
+
+    config: BackboneConfig
+    checkpoint_activations: bool
+    recompute_scores: bool
+    samples: ClassVar[str]  # what a batch consists of, for the log
+    predict_option: ClassVar[str]  # what `tokenformer predict` needs, to be shown to the user
+
+    def __init__(self, optim: OptimConfig, init_from: str | None = None) -> None:
+        super().__init__()
+        self.optim, self.init_from = optim, init_from
+        self.model: Any = None
+        self.growths: list[dict[str, Any]] = []
+        self.learning_rate = LearningRate(optim)
+        self.old_lr_scale = 1.0
+        self.skipped: Tensor | None = None
+        self._seed = torch.initial_seed()
+        self._losses: list[Tensor] = []  # of the batches of this optimizer step
+        self._grad_norm: Tensor | None = None
+        self._lr = 0.0  # of this optimizer step; its scheduler moves on before the log is written
+
+    # What a module for language or vision says.
+
+    @abstractmethod
+    def build_model(self, width: int = 1) -> nn.Module:
+        """The model before any growth, `width` times as wide."""
+
+    @abstractmethod
+    def set_model(self, model: nn.Module) -> None:
+        """Make this the model: as it is to be trained, checkpointed, compiled and sharded."""
+
+    @abstractmethod
+    def batch_loss(self, batch: Any) -> Tensor:
+        """What is minimised: the mean loss of a training batch."""
+
+    @abstractmethod
+    def probe_loss(self, batch: Any) -> Tensor:
+        """What growth must not change: the loss of a batch."""
+
+    @abstractmethod
+    def num_tokens(self, batch: Any) -> int:
+        """Input tokens of a training batch."""
+
+    @abstractmethod
+    def training_flops(self, batch: Any) -> int:
+        """FLOPs that a batch costs at the model's present size: forward, and twice that for backward."""
+
+    @abstractmethod
+    def tokens_per_batch(self, data: Any) -> int | None:
+        """Training tokens of a batch of this datamodule on one device; None where it does not say."""
+
+    @abstractmethod
+    def start_evaluation(self) -> None:
+        """Begin a validation or test: nothing has been seen."""
+
+    @abstractmethod
+    def evaluate(self, batch: Any) -> dict[str, Tensor]:
+        """Take a batch into account; what callbacks may want to know of it."""
+
+    @abstractmethod
+    def evaluation(self, trainer: Any, stage: str) -> dict[str, Tensor]:
+        """Metrics over all batches of all ranks since :meth:`start_evaluation`, by name; `stage` is val or test."""
+
+    # What callbacks and strategies ask for.
+
+    def empty_copy(self) -> "TokenFormerModule":
+        """A module of the same config with a model of its own, sharded alike; to hold an average."""
+        other = copy.copy(self)  # without its trainer
+        other._modules = copy.deepcopy({name: part for name, part in self._modules.items() if name != "model"})
+        other.model = None
+        other.configure_model()
+        return other
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups for the model as it is now; as many before growth as after it."""
+        return module_param_groups(self)
+
+    def update_optimizer(self) -> None:
+        """Tell the optimizer of parameters that have come, or that are frozen now."""
+        (optimizer,) = self.trainer.optimizers
+        update_param_groups(optimizer, self.param_groups())
+        self.zero_grad()  # a frozen parameter's last gradient would count when gradients are clipped
+
+    def apply_learning_rate(self) -> None:
+        """Let the configured rates hold from this step on, whatever the optimizer has."""
+        (optimizer,) = self.trainer.optimizers
+        self.learning_rate.apply(optimizer, self.param_groups())
+
+    # Lightning's hooks: the start.
+
+    def setup(self, stage: str) -> None:
+        """Refuse settings under which a resumed run could not be exact."""
+        if stage == "fit":
+            check_resumable(self.trainer)
+
+    def configure_model(self) -> None:
+        """Build the model; here and not before, so that it is made on its device and in its precision."""
+        if self.model is None:
+            model = self.build_model()
+            if self.init_from is not None:  # a checkpoint that is resumed from comes later, and wins
+                load_initial_weights(model, self.init_from)
+            self.set_model(model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the size of the saved model, before its weights are loaded and anything is wrapped around it."""
+        check_resume(checkpoint, self)
+        if "state_dict" in checkpoint:  # else the strategy, which has loaded the weights already, has done it
+            match_structure(self, checkpoint["state_dict"], checkpoint.get("growths", []))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW and its per-step schedule."""
+        steps = self.trainer.max_steps
+        if steps < 1:
+            raise ValueError(f"trainer.max_steps={steps}: the learning rate schedule needs the number of steps")
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
+            check_schedule(self.optim, steps, f"trainer.max_steps={steps}")
+        self.learning_rate.max_steps = steps
+        self.learning_rate.peak = self._peak_lr()
+        # The fused update does its own unscaling in 16-mixed, where gradients must be unscaled before clipping.
+        optimizer = adamw(self.param_groups(), self.optim, fused=self.trainer.precision != "16-mixed")
+        scheduler = self.learning_rate.attach(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _peak_lr(self) -> float:
+        """The peak rate for as many samples as an optimizer step has."""
+        lr, meant_for = self.optim.lr, self.optim.lr_batch
+        if meant_for is None:
+            return lr
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            raise ValueError(f"optim.lr_batch={meant_for}: needs a datamodule, for its batch_size")
+        batch = data.batch_size * data_parallel_rank(self.trainer)[1] * self.trainer.accumulate_grad_batches
+        peak = lr * batch / meant_for
+        rank_zero_info(
+            f"peak learning rate {peak:.3g}: optim.lr={lr:g} for {meant_for} {self.samples} a step, "
+            f"and a step has {batch}"
+        )
+        return peak
+
+    def on_train_start(self) -> None:
+        """After a resume the configured rates hold, not those that the checkpoint brought along."""
+        self._step = self.trainer.global_step
+        self.apply_learning_rate()
+
+    # A training step.
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed what is random in this step; move annealed taus on, once an optimizer step."""
+        part = batch_idx % self.trainer.accumulate_grad_batches
+        place = (self._seed, data_parallel_rank(self.trainer)[0], self.trainer.global_step, part)
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+        if part == 0:
+            anneal_tau(self, self.trainer.global_step)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The mean loss of the batch."""
+        loss = self.batch_loss(batch)
+        self._losses.append(loss.detach())
+        return propagate_nonfinite(loss)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the total norm, and keep it for the log: measuring it again would be another pass.
+
+        A step that is not finite is left out. In 16-mixed that is the GradScaler's doing, and gradients may overflow
+        while it looks for its scale: there only losses tell that something is wrong.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
+        self._lr = optimizer.param_groups[0]["lr"]  # with layer_decay: that of the last layers
+        self._grad_norm = clip_grad_norm(self.parameters(), gradient_clip_val or math.inf)
+        finite = self._grad_norm.isfinite()
+        if self.trainer.precision == "16-mixed":
+            finite = torch.stack(self._losses).isfinite().all().float()
+            finite = self.trainer.strategy.reduce(finite, reduce_op="min").bool()
+        self.skipped = skip_if_nonfinite(optimizer, self.parameters(), finite)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log, when an optimizer step is done and it is time; other steps read nothing from the device."""
+        if self.trainer.global_step == self._step:  # still accumulating
+            return
+        self._step = self.trainer.global_step
+        if is_log_step(self.trainer):
+            self.log("train/loss", torch.stack(self._losses).mean(), sync_dist=True)
+            self.log("train/lr", self._lr)
+            if self._grad_norm is not None:
+                self.log("train/grad_norm", self._grad_norm)
+        self._losses.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the history."""
+        checkpoint["growths"] = self.growths
+
+    # Validation and test.
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self.start_evaluation()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Take a batch into account."""
+        return self.evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self.log_dict({f"val/{name}": value for name, value in self.evaluation(self.trainer, "val").items()})
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last test."""
+        self.start_evaluation()
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Take a batch into account."""
+        return self.evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics."""
+        self.log_dict({f"test/{name}": value for name, value in self.evaluation(self.trainer, "test").items()})
+
+
+def check_recomputing(module: TokenFormerModule) -> None:
+    """Refuse `recompute_scores` where it would do nothing.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if not module.recompute_scores:
+        return
+    if module.checkpoint_activations:
+        raise ValueError(
+            "model.recompute_scores=true, model.checkpoint_activations=true: the second keeps no scores; choose one"
+        )
+    if module.config.baseline is not None:
+        raise ValueError(f"model.recompute_scores=true: config.baseline={module.config.baseline!r} has no scores")
+    if module.config.score_norm != "l2_norm_gelu":
+        raise ValueError(
+            f"model.recompute_scores=true: needs config.score_norm=l2_norm_gelu, not {module.config.score_norm}"
+        )

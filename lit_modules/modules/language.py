@@ -1,0 +1,146 @@
+"""LanguageModule: training, evaluation and prediction of a causal language model. B batch, T sequence."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_modules.modules.base import TokenFormerModule, check_recomputing
+from lit_modules.optim.config import OptimConfig
+from lit_modules.strategies.sharding import shard
+from tokenformer import LMConfig, TokenFormerLM
+from tokenformer.config import widened
+from tokenformer.loss import IGNORE
+
+Batch = tuple[Tensor, Tensor]  # input_ids (B, T), targets (B, T), IGNORE where a target does not count
+
+
+PROBE_TOKENS = 256  # enough to see a change; a whole batch would take longer than the growth
+
+
+class LanguageModule(TokenFormerModule):
+    """A TokenFormer (or its Transformer twin: `config.baseline`) that learns to predict the next token.
+
+    Logs what TokenFormerModule logs (the loss in nats a token), and `val/loss`, `val/perplexity`, `val/bits_per_byte`
+    and `val/entropy` (mean entropy of the predictions, nats), over all tokens.
+
+    Args:
+        config: sizes and options of the model.
+        optim: AdamW and its schedule.
+        init_from: folder of an exported or imported model to start from, in place of random weights. `config` has to
+            be of its sizes.
+        compile: compile each block with torch.compile: a minute at the start, faster steps.
+        checkpoint_activations: keep only each block's input for the backward pass; less memory, a third more work.
+        recompute_scores: keep no scores of Pattention layers for the backward pass; less memory, a sixth more of their
+            work. Goes without checkpoint_activations, which keeps none anyway.
+    """
+
+    config: LMConfig
+    samples = "sequences"
+    predict_option = "--data.predict_file FILE"
+
+    def __init__(
+        self,
+        config: LMConfig,
+        optim: OptimConfig,
+        init_from: str | None = None,
+        compile: bool = False,
+        checkpoint_activations: bool = False,
+        recompute_scores: bool = False,
+    ) -> None:
+        # From a checkpoint they come as dictionaries, since nothing else is stored: no code runs when one is read.
+        super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim, init_from)
+        self.config = LMConfig(**config) if isinstance(config, dict) else config
+        self.compile_blocks, self.checkpoint_activations = compile, checkpoint_activations
+        self.recompute_scores = recompute_scores
+        check_recomputing(self)
+        self.save_hyperparameters({"config": asdict(self.config), "optim": asdict(self.optim)})
+        self.model: TokenFormerLM | None = None
+
+    def training_flops(self, batch: Batch) -> int:
+        """FLOPs that a batch costs at the model's present size: forward, and twice that for backward."""
+        ids, _ = batch
+        return 3 * ids.numel() * self._model.flops_per_token(ids.shape[1])
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Input tokens of a batch."""
+        return batch[0].numel()
+
+    def tokens_per_batch(self, data: Any) -> int | None:
+        """Training tokens of a batch of this datamodule on one device; None where it does not say."""
+        return getattr(data, "tokens_per_batch", None)
+
+    def build_model(self, width: int = 1) -> TokenFormerLM:
+        """The model before any growth, `width` times as wide."""
+        return TokenFormerLM(widened(self.config, width))
+
+    def set_model(self, model: TokenFormerLM) -> None:  # type: ignore[override]
+        """Make this the model: as it is to be trained, checkpointed, compiled and sharded."""
+        self.model = model
+        model.backbone.checkpoint_activations = self.checkpoint_activations
+        model.backbone.recompute_scores(self.recompute_scores)
+        if self.compile_blocks:
+            for block in model.backbone.blocks:
+                block.compile()
+        if self._device_mesh is not None:
+            shard(model, self._device_mesh)
+
+    def setup(self, stage: str) -> None:
+        """Check model and data against each other before any work is done."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return
+        if data.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"model.config.vocab_size={self.config.vocab_size} but the tokenizer makes ids up to "
+                f"{data.vocab_size - 1}: set it to at least {data.vocab_size}"
+            )
+        if data.seq_len > self.config.max_seq_len:
+            raise ValueError(
+                f"data.seq_len={data.seq_len} is longer than model.config.max_seq_len={self.config.max_seq_len}"
+            )
+
+    def probe_loss(self, batch: Batch) -> Tensor:
+        """What growth must not change: the loss of the beginning of a batch."""
+        ids, targets = batch
+        return self._model.loss(ids[:1, :PROBE_TOKENS], targets[:1, :PROBE_TOKENS])
+
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the batch in nats."""
+        return self._model.loss(*batch)
+
+    def start_evaluation(self) -> None:
+        """Start the sums anew."""
+        # Plain sums, since torchmetrics' weighted mean either leaves out NaN or forgets the weights (1.9).
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        self._sums = torch.zeros(3, dtype=wide, device=self.device)  # nats, entropy, tokens
+
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """Add the batch to the sums."""
+        nats, entropy = self._model.nats_and_entropy(*batch)
+        self._sums += torch.stack([x.to(self._sums.dtype).sum() for x in (nats, entropy, batch[1] != IGNORE)])
+        return {}
+
+    def evaluation(self, trainer: Any, stage: str) -> dict[str, Tensor]:
+        """Means over all tokens of all ranks."""
+        nats, entropy, tokens = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        nats, entropy = nats / tokens, entropy / tokens
+        metrics = {"loss": nats, "perplexity": nats.exp(), "entropy": entropy}
+        split = getattr(getattr(trainer, "datamodule", None), stage, None)
+        if split is not None:
+            metrics["bits_per_byte"] = nats / math.log(2) * split.split.tokens / split.split.bytes
+        return {name: value.float() for name, value in metrics.items()}
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Id, cross-entropy and entropy, in nats, of every target that counts."""
+        nats, entropy = self._model.nats_and_entropy(*batch)
+        counts = batch[1] != IGNORE
+        return {"id": batch[1][counts], "nats": nats[counts], "entropy": entropy[counts]}
+
+    @property
+    def _model(self) -> TokenFormerLM:
+        assert self.model is not None, "configure_model comes first"
+        return self.model

@@ -1,0 +1,53 @@
+"""The model in a checkpoint or in an exported folder."""
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lit_modules.checkpoints.reading import read_checkpoint
+from lit_modules.growth.structure import match_structure
+from lit_modules.modules.language import LanguageModule
+from lit_modules.modules.vision import VisionModule
+from tokenformer import TokenFormerLM, TokenFormerViT, from_pretrained
+from tokenformer.files import is_exported
+
+Weights = Literal["average", "raw"]
+
+
+def load_model(path: Path, weights: Weights = "average") -> TokenFormerLM | TokenFormerViT:
+    """The model in a checkpoint or in an exported folder, in eval mode.
+
+    Args:
+        path: the file or folder.
+        weights: of a checkpoint that has both (EMA): their average, or the weights themselves.
+
+    Raises:
+        ValueError: for what is neither, is damaged, or is a timm model's.
+    """
+    return from_pretrained(path) if is_exported(path) else model_from_checkpoint(read_checkpoint(path), weights)
+
+
+def model_from_checkpoint(checkpoint: dict[str, Any], weights: Weights = "average") -> TokenFormerLM | TokenFormerViT:
+    """The model in a checkpoint that has been read; see :func:`load_model`."""
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights={weights!r}: choose average or raw")
+    raw = weights == "raw" and "current_model_state" in checkpoint
+    model: Any = module_from_checkpoint(checkpoint, "current_model_state" if raw else "state_dict").model
+    return model
+
+
+def module_from_checkpoint(checkpoint: dict[str, Any], key: str = "state_dict") -> LanguageModule | VisionModule:
+    """The module in a checkpoint, grown as it was; `key` says which of its weights."""
+    hyper = checkpoint["hyper_parameters"]
+    if "patch_size" in hyper["config"]:
+        if hyper["timm_model"] is not None:
+            raise ValueError(
+                f"{hyper['timm_model']} is a timm model, without parameter tokens: timm reads and saves it"
+            )
+        module: Any = VisionModule(hyper["config"], hyper["optim"])
+    else:
+        module = LanguageModule(hyper["config"], hyper["optim"])
+    module.configure_model()
+    match_structure(module, checkpoint[key], checkpoint.get("growths", []))
+    dtype = next(tensor.dtype for name, tensor in checkpoint[key].items() if name.startswith("model."))
+    module.to(dtype).load_state_dict(checkpoint[key])
+    return module.eval()

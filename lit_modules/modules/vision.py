@@ -1,0 +1,256 @@
+"""VisionModule: training, evaluation and prediction of an image classifier. B batch, C classes."""
+
+from dataclasses import asdict
+from difflib import get_close_matches
+from itertools import zip_longest
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.classification import MulticlassAccuracy
+
+from lit_modules.modules.base import TokenFormerModule, check_recomputing
+from lit_modules.optim.config import OptimConfig
+from lit_modules.runs.logs import is_log_step
+from lit_modules.strategies.ranks import data_parallel_rank
+from lit_modules.strategies.sharding import blocks_of, shard
+from tokenformer import TokenFormerViT, ViTConfig
+from tokenformer.config import widened
+
+IGNORE = -100  # label of rows that fill up a batch, and of images that have none
+
+TrainBatch = tuple[Tensor, Tensor]  # images (B, 3, H, W), labels (B,) or soft targets (B, C)
+EvalBatch = tuple[Tensor, Tensor, Tensor]  # images, labels (B,), places in the split (B,), -1 where it only fills up
+
+PROBE_IMAGES = 16  # enough to see a change; a whole batch would take longer than the growth
+
+
+class VisionModule(TokenFormerModule):
+    """A TokenFormerViT, its Transformer twin (`config.baseline`) or any timm model, that learns to name images.
+
+    Logs what TokenFormerModule logs, and `val/loss` (cross-entropy in nats, no smoothing), `val/top1` and `val/top5`
+    (shares of 1), over all images, each once; with `data.skip_unreadable` also `train/unreadable`, how many training
+    images could not be read since the run was started or resumed.
+
+    Args:
+        config: sizes and options of the model.
+        optim: AdamW and its schedule.
+        timm_model: name of a timm model to train in place of `config`, which then only says `num_classes`,
+            `image_size`, `in_channels` and `drop_path`.
+        timm_args: further arguments of `timm.create_model`, such as {embed_dim: 96, depth: 4}.
+        label_smoothing: share of a target that is spread over all classes, in training.
+        init_from: folder of an exported or imported model to start from, in place of random weights. `config` has to
+            be of its sizes.
+        compile: compile each block with torch.compile: a minute at the start, faster steps.
+        checkpoint_activations: keep only each block's input for the backward pass; less memory, a third more work.
+        recompute_scores: keep no scores of Pattention layers for the backward pass; less memory, a sixth more of their
+            work. Goes without checkpoint_activations, which keeps none anyway.
+
+    Raises:
+        ValueError: for a name that timm does not know; in `setup`, when data and model don't fit.
+        RuntimeError: when an evaluation has not seen each image once.
+    """
+
+    config: ViTConfig
+    samples = "images"
+    predict_option = "--data.predict_source FOLDER"
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        optim: OptimConfig,
+        timm_model: str | None = None,
+        timm_args: dict[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        init_from: str | None = None,
+        compile: bool = False,
+        checkpoint_activations: bool = False,
+        recompute_scores: bool = False,
+    ) -> None:
+        # From a checkpoint they come as dictionaries, since nothing else is stored: no code runs when one is read.
+        super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim, init_from)
+        self.config = ViTConfig(**config) if isinstance(config, dict) else config
+        self.timm_model, self.timm_args, self.label_smoothing = timm_model, timm_args or {}, label_smoothing
+        self.compile_blocks, self.checkpoint_activations = compile, checkpoint_activations
+        self.recompute_scores = recompute_scores
+        check_recomputing(self)
+        if timm_model is not None and recompute_scores:
+            raise ValueError(f"model.recompute_scores=true: the timm model {timm_model} has no scores; leave it out")
+        if timm_model is not None and not timm.is_model(timm_model):
+            near = get_close_matches(timm_model, timm.list_models())
+            hint = f": did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"model.timm_model={timm_model!r}: timm has no such model{hint}")
+        if timm_model is not None and init_from is not None:
+            raise ValueError(
+                f"model.init_from={init_from!r}: holds no timm model; give model.timm_args checkpoint_path"
+            )
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"model.label_smoothing={label_smoothing}: must be at least 0 and below 1")
+        timm_model_and_args = {"timm_model": timm_model, "timm_args": timm_args}
+        self.save_hyperparameters({"config": asdict(self.config), "optim": asdict(self.optim)} | timm_model_and_args)
+        self.model: nn.Module | None = None
+        classes = self.config.num_classes
+        shared = {"num_classes": classes, "average": "micro", "ignore_index": IGNORE, "validate_args": False}
+        self._top1 = MulticlassAccuracy(**shared)  # type: ignore[arg-type]
+        self._top5 = MulticlassAccuracy(**shared, top_k=min(5, classes))  # type: ignore[arg-type]
+
+    def build_model(self, width: int = 1) -> nn.Module:
+        """The model before any growth, `width` times as wide."""
+        config = self.config
+        if self.timm_model is None:
+            return TokenFormerViT(widened(config, width))
+        options: dict[str, Any] = {"num_classes": config.num_classes, "in_chans": config.in_channels}
+        options |= ({"drop_path_rate": config.drop_path} if config.drop_path else {}) | self.timm_args
+        for sized in ({"img_size": config.image_size}, {}):  # a convolutional model takes any size and no such argument
+            try:
+                return timm.create_model(self.timm_model, **sized | options)
+            except TypeError as error:
+                problem = error
+        raise ValueError(f"model.timm_model={self.timm_model!r} with {options}: {problem}")
+
+    def set_model(self, model: nn.Module) -> None:
+        """Make this the model: as it is to be trained, checkpointed, compiled and sharded."""
+        self.model = model
+        if self.checkpoint_activations:
+            model.set_grad_checkpointing()  # type: ignore[operator]
+        if self.recompute_scores:
+            model.backbone.recompute_scores()  # type: ignore[operator, union-attr]
+        if self.compile_blocks:
+            for block in blocks_of(model) or [model]:
+                block.compile()
+        if self._device_mesh is not None:
+            shard(model, self._device_mesh)
+        self._flops: dict[torch.Size, int] = {}  # of an image, for a timm model
+
+    def setup(self, stage: str) -> None:
+        """Check model and data against each other before any work is done."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return
+        if self.config.in_channels != 3:
+            raise ValueError(f"model.config.in_channels={self.config.in_channels}: the data has 3 channels")
+        if data.num_classes != self.config.num_classes:
+            raise ValueError(
+                f"model.config.num_classes={self.config.num_classes} but the data has {data.num_classes} classes"
+            )
+        if self.timm_model is not None and data.image_size != self.config.image_size:
+            raise ValueError(
+                f"data.image_size={data.image_size}: {self.timm_model} is built for "
+                f"model.config.image_size={self.config.image_size}; set both"
+            )
+        if self.timm_model is None and data.image_size % self.config.patch_size:
+            raise ValueError(
+                f"data.image_size={data.image_size} is not a whole number of patches of "
+                f"model.config.patch_size={self.config.patch_size}"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the history, and what the outputs stand for."""
+        super().on_save_checkpoint(checkpoint)
+        if (data := getattr(self.trainer, "datamodule", None)) is not None:
+            checkpoint["class_names"] = data.class_names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the size of the saved model; refuse one whose outputs stand for other classes."""
+        super().on_load_checkpoint(checkpoint)
+        data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        saved = checkpoint.get("class_names")
+        if data is not None and saved is not None and saved != data.class_names:
+            pairs = zip_longest(saved, data.class_names)
+            number, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise ValueError(
+                f"the checkpoint knows {len(saved)} classes, data.source has {len(data.class_names)}; the first that "
+                f"differs is number {number}: {theirs!r} in the checkpoint, {ours!r} in the data"
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
+        """Log; also how many images could not be read, where those are passed over."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        new_step = self.trainer.global_step != self._step
+        if new_step and is_log_step(self.trainer) and getattr(data, "skip_unreadable", False):
+            self.log("train/unreadable", float(data.unreadable), sync_dist=True, reduce_fx="sum")
+        super().on_train_batch_end(outputs, batch, batch_idx)
+
+    def batch_loss(self, batch: TrainBatch) -> Tensor:
+        """Mean cross-entropy of the batch in nats, targets smoothed."""
+        images, targets = batch
+        return F.cross_entropy(self._model(images), targets, label_smoothing=self.label_smoothing)
+
+    def probe_loss(self, batch: TrainBatch) -> Tensor:
+        """What growth must not change: the loss of the beginning of a batch."""
+        images, targets = batch
+        return self.batch_loss((images[:PROBE_IMAGES], targets[:PROBE_IMAGES]))
+
+    def num_tokens(self, batch: TrainBatch) -> int:
+        """Tokens of the batch's images, the class token too; of a model that is no ViT, those that a ViT would have."""
+        return len(batch[0]) * self.config.num_tokens(batch[0].shape[-1])
+
+    def tokens_per_batch(self, data: Any) -> int | None:
+        """Training tokens of a batch of this datamodule on one device."""
+        return data.batch_size * self.config.num_tokens(data.image_size)
+
+    def training_flops(self, batch: TrainBatch) -> int:
+        """FLOPs that a batch costs at the model's present size: forward, and twice that for backward."""
+        images, _ = batch
+        if isinstance(self.model, TokenFormerViT):
+            return 3 * len(images) * self.model.flops_per_image(images.shape[-1])
+        if images.shape[1:] not in self._flops:
+            with torch.device("meta"), FlopCounterMode(display=False) as counter:
+                self.build_model().eval()(torch.empty(1, *images.shape[1:]))
+            self._flops[images.shape[1:]] = counter.get_total_flops()
+        return 3 * len(images) * self._flops[images.shape[1:]]
+
+    def start_evaluation(self) -> None:
+        """Start the sums anew."""
+        self._top1.reset()
+        self._top5.reset()
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        self._sums = torch.zeros(2, dtype=wide, device=self.device)  # nats, images
+
+    def evaluate(self, batch: EvalBatch) -> dict[str, Tensor]:
+        """Add the batch to the sums; its logits (B, C) and losses (B,)."""
+        images, labels, _ = batch
+        logits = self._model(images).float()
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+        self._top1.update(logits, labels)
+        self._top5.update(logits, labels)
+        self._sums += torch.stack([losses.sum(), (labels != IGNORE).sum()]).to(self._sums)
+        return {"logits": logits, "losses": losses}
+
+    def evaluation(self, trainer: Any, stage: str) -> dict[str, Tensor]:
+        """Mean loss and accuracies over all images of all ranks."""
+        nats, images = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
+        copies = (
+            trainer.world_size // data_parallel_rank(trainer)[1]
+        )  # devices that share the tokens see the same images
+        nats, images = nats / copies, images / copies
+        self.num_evaluated, expected = int(images), self._expected(trainer, stage)
+        if expected is not None and self.num_evaluated != expected:
+            raise RuntimeError(f"{stage}: {self.num_evaluated:,} images were evaluated, the split has {expected:,}")
+        means = {"loss": nats / images, "top1": self._top1.compute(), "top5": self._top5.compute()}
+        return {name: value.float() for name, value in means.items()}
+
+    def _expected(self, trainer: Any, stage: str) -> int | None:
+        """Images of the split; None where only a part of it is asked for."""
+        limit = {"val": trainer.limit_val_batches, "test": trainer.limit_test_batches}[stage]
+        data: Any = getattr(trainer, "datamodule", None)
+        whole = isinstance(limit, float) and limit == 1  # the integer is one batch
+        if not whole or trainer.sanity_checking or not hasattr(data, "num_images"):
+            return None
+        return data.num_images(stage)
+
+    def predict_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Tensor]:
+        """The likeliest classes and their probabilities, (B, 5), and places in the split; fillers left out."""
+        images, _, places = batch
+        real = places >= 0
+        top = self._model(images).float().softmax(dim=-1).topk(min(5, self.config.num_classes))
+        return {"places": places[real], "probabilities": top.values[real], "classes": top.indices[real]}
+
+    @property
+    def _model(self) -> nn.Module:
+        assert self.model is not None, "configure_model comes first"
+        return self.model

@@ -1,0 +1,1 @@
+"""AdamW, its parameter groups and schedules, clipping, and steps that are left out."""

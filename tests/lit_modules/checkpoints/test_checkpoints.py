@@ -1,0 +1,145 @@
+"""Checkpoints that are whole or not there, whatever happens while they are written."""
+
+import os
+import signal
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_modules.checkpoints import validation, writing
+from lit_modules.checkpoints.validation import find_corruption, latest_valid
+from lit_modules.checkpoints.writing import AtomicCheckpointIO, partial_of, remove_partial_checkpoints
+
+
+def test_checkpoints_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "a.ckpt"
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"weight": torch.arange(1000)}, path)
+    assert find_corruption(path) is None
+    before = path.read_bytes()
+
+    def fail(checkpoint, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        io.save_checkpoint({}, path)
+    assert path.read_bytes() == before
+
+
+def test_damage_is_seen_wherever_it_is(tmp_path):
+    path = tmp_path / "a.ckpt"
+    torch.save({"weight": torch.arange(1000)}, path)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        data = next(info for info in archive.infolist() if info.filename.endswith("data/0"))
+    for changed in (content[:-100], content[: len(content) // 2], b"", b"not a zip"):
+        path.write_bytes(changed)
+        assert "truncated" in find_corruption(path)
+    flipped = bytearray(content)
+    flipped[data.header_offset + 1000] ^= 1
+    path.write_bytes(flipped)
+    assert "damaged" in find_corruption(path)
+    with pytest.warns(UserWarning, match="passed over"):
+        assert latest_valid([path]) is None
+
+
+def write_file(io, path, content):
+    io.save_checkpoint({"step": content, "weight": torch.full((1000,), content)}, path)
+
+
+def write_folder(io, path, content):
+    """As FSDP2 does in one process."""
+    partial_of(path).mkdir()
+    torch.save({"step": content}, partial_of(path) / "meta.pt")
+    torch.save(torch.full((1000,), content), partial_of(path) / "__0_0.distcp")
+    validation.write_manifest(partial_of(path), [validation.checksums(partial_of(path), 0)])
+    writing.publish(path)
+    io.finish_save(path, None)
+
+
+def killed_at(stage, act):
+    """Whether a child process was killed in the middle of its call `stage` to the file system, while it acted."""
+    child = os.fork()
+    if child == 0:
+        left = [stage]
+
+        def dangerous(owner, name):
+            function = getattr(owner, name)
+
+            def counting(*args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0:
+                    if name == "save":
+                        Path(args[1] if isinstance(args[1], Path) else args[1].name).write_bytes(b"PK half")
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            setattr(owner, name, counting)
+
+        for owner, name in ((torch, "save"), (os, "fsync"), (os, "unlink"), (os, "rmdir")):
+            dangerous(owner, name)
+        for name in ("replace", "unlink", "write_text"):
+            dangerous(Path, name)
+        act()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_a_kill_at_any_stage_of_a_write_leaves_a_whole_checkpoint(tmp_path, write):
+    io = AtomicCheckpointIO()
+    old, new = tmp_path / "step-1.ckpt", tmp_path / "step-2.ckpt"
+    found = []
+    for stage in range(100):
+        if not old.exists():
+            write(io, old, 1)
+        if new.exists():
+            writing.remove(new)
+
+        def save_and_replace():
+            write(io, new, 2)
+            io.remove_checkpoint(old)
+
+        killed = killed_at(stage, save_and_replace)
+        whole = latest_valid(tmp_path.glob("*.ckpt"))
+        found.append(torch.load(whole / "meta.pt" if whole.is_dir() else whole)["step"])
+        assert [find_corruption(path) for path in tmp_path.glob("*.ckpt")].count(None) == len(
+            list(tmp_path.glob("*.ckpt"))
+        )
+        remove_partial_checkpoints(tmp_path)
+        assert {path.suffix for path in tmp_path.iterdir()} == {".ckpt"}
+        if not killed:
+            break
+    assert not killed
+    assert not old.exists()
+    assert found == sorted(found)  # the old one as long as it was not there whole, then the new one
+    assert found.count(1) >= 3
+    assert found.count(2) >= 2
+
+
+def test_an_asynchronous_save_keeps_the_old_one_until_it_is_whole(tmp_path, monkeypatch):
+    io = AtomicCheckpointIO(asynchronous=True)
+    weight = torch.zeros(1000)
+    io.save_checkpoint({"weight": weight, "tied": weight}, tmp_path / "1.ckpt")
+    io.wait()
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: (time.sleep(0.3), replace(self, target))[1])
+    io.save_checkpoint({"weight": weight, "tied": weight}, tmp_path / "2.ckpt")
+    weight += 1
+    io.remove_checkpoint(tmp_path / "1.ckpt")
+    assert (tmp_path / "1.ckpt").exists()
+    assert not (tmp_path / "2.ckpt").exists()
+    io.wait()
+    assert not (tmp_path / "1.ckpt").exists()
+    saved = torch.load(tmp_path / "2.ckpt")
+    assert not saved["weight"].any()
+    assert saved["weight"].data_ptr() == saved["tied"].data_ptr()
+    monkeypatch.setattr(writing, "write_checkpoint", lambda *_: 1 / 0)
+    io.save_checkpoint({"weight": weight}, tmp_path / "3.ckpt")
+    with pytest.raises(ZeroDivisionError):
+        io.save_checkpoint({"weight": weight}, tmp_path / "4.ckpt")
