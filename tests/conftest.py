@@ -17,10 +17,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(autouse=True)
-def no_meeting_place():
-    """A run in this process leaves where its processes have met; those that a test starts must find their own."""
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+def no_trace_of_other_tests():
+    """What a DDP run leaves in this process: where its processes have met, and as many threads as there are cores."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
+    torch.set_num_threads(1)  # another number, other bits
 
 
 @pytest.fixture(scope="session")

@@ -186,6 +186,6 @@ def _loss(model: TokenFormerLM, T: int, wide: int, narrow: int) -> int:
     (V, D), single = model.output_weight.shape, max(wide, 4)
     rows = max(1, min(BLOCK_LOGITS // V, BLOCK_ROWS, T))
     logits = 2 * single * rows * V  # and their log-softmax
-    if rows < T:  # those of the block before are still there
-        logits += (single + (narrow if narrow != single else 0)) * rows * V
+    if rows < T:  # the gradient of the block before is still there
+        logits += narrow * rows * V
     return logits + V * D * (single + (narrow if wide != narrow else 0)) + T * D * (wide + narrow)

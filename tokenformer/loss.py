@@ -59,8 +59,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         block = KERNEL_BLOCK_LOGITS if uses_kernels(hidden) else BLOCK_LOGITS
         for rows in _blocks(len(targets), len(weight), block):
-            logits = hidden[rows] @ weight.T
-            nats, grad = _nats_and_grad(logits, targets[rows], needs_hidden or needs_weight)
+            needs_grad = needs_hidden or needs_weight
+            nats, grad = _nats_and_grad(hidden[rows] @ weight.T, targets[rows], needs_grad)
             total += nats
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
@@ -83,20 +83,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _nats_and_grad(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of logits (T, V), and its gradient for them. The logits are written over."""
+    """Sum of the cross-entropies of logits (T, V); its gradient for them, where needed. They may be written over."""
     if uses_kernels(logits):
         from tokenformer.kernels import cross_entropy
 
         return cross_entropy(logits, targets, IGNORE, needs_grad).sum(), logits
     counts = targets != IGNORE
     index = targets.where(counts, 0).unsqueeze(1)
-    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    dtype, wide = logits.dtype, logits.to(torch.promote_types(logits.dtype, torch.float32))
+    del logits  # large, as all of them
+    log_probs = wide.log_softmax(-1)
+    del wide
     nats = -log_probs.gather(1, index).squeeze(1).where(counts, 0).sum()
     if not needs_grad:
-        return nats, logits
+        return nats, log_probs
     grad = log_probs.exp_()  # softmax - one-hot where the target counts, in place
     grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
-    return nats, grad.mul_(counts.unsqueeze(1)).to(logits.dtype)
+    return nats, grad.mul_(counts.unsqueeze(1)).to(dtype)
 
 
 @torch.no_grad()

@@ -218,7 +218,7 @@ def _sum_of_products(buffer: Tensor, segments: Sequence[Tensor]) -> Tensor:
     first, *others = zip(_columns(buffer, segments), segments, strict=True)
     out = torch.mm(*first)  # not by `out=`: what torch.compile of torch 2.11 makes of that has no gradient
     for columns, segment in others:
-        out.addmm_(columns, segment)
+        torch.addmm(out, columns, segment, out=out)
     return out
 
 
