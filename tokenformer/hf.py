@@ -6,6 +6,8 @@
 
 Registration is a line of its own because transformers takes seconds to import, and `import tokenformer` should not.
 
+One file: transformers wants config, weights, cache and both models by the same rules.
+
 B batch, T sequence, V vocabulary, C classes.
 """
 

@@ -13,8 +13,8 @@ from tokenformer.growth import (
     pattention_layers,
     plan_growth,
     why_not_exact,
-    widen,
 )
+from tokenformer.net2net import widen
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""Batches of images: who gets which, what happens to them on the way, and that it can be repeated."""
+"""Batches of images: who gets which, what happens to them on the way, and that it can be repeated.
+
+One file: the tests share folders of images, which takes seconds to make.
+"""
 
 import random
 from types import SimpleNamespace

@@ -1,4 +1,7 @@
-"""Checkpoints out to folders, released checkpoints in, and on from there with the commands."""
+"""Checkpoints out to folders, released checkpoints in, and on from there with the commands.
+
+One file: the tests share a trained run, which takes seconds to make.
+"""
 
 import json
 import pickle

@@ -1,4 +1,7 @@
-"""What is in docs/reliability.md: each failure is injected, and the run, or the next one, is looked at."""
+"""What is in docs/reliability.md: each failure is injected, and the run, or the next one, is looked at.
+
+One file: the tests share a run that they harm, which takes seconds to make.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""A run that grows and is interrupted ends as one that was not; on one device, in two processes, in any strategy."""
+"""A run that grows and is interrupted ends as one that was not; on one device, in two processes, in any strategy.
+
+One file: the tests share the runs that are not interrupted, which takes seconds to make.
+"""
 
 import csv
 

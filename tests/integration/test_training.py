@@ -1,4 +1,7 @@
-"""The command line on a small corpus: what a run writes, what the later commands say of it, what is refused."""
+"""The command line on a small corpus: what a run writes, what the later commands say of it, what is refused.
+
+One file: the tests share a run with everything switched on, which takes seconds to make.
+"""
 
 import csv
 import json

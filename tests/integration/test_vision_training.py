@@ -1,4 +1,7 @@
-"""The command line on images: what a run writes, that it resumes and grows exactly, that its numbers are timm's."""
+"""The command line on images: what a run writes, that it resumes and grows exactly, that its numbers are timm's.
+
+One file: the tests share folders of images and a trained run, which takes seconds to make.
+"""
 
 import csv
 import json

@@ -36,7 +36,7 @@ def any_model(request):
     elif request.param == "grown with norms of their own":
         grow(model, qkv=40, proj=30, ffn=80, init="segment_norm")
     elif request.param == "wider Transformer":
-        from tokenformer.growth import widen
+        from tokenformer.net2net import widen
 
         model = widen(model, 2)
     return model

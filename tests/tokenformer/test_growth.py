@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tokenformer import LMConfig, Pattention, TokenFormerLM, TokenFormerViT, ViTConfig, grow
-from tokenformer.growth import anneal_taus, append_tokens, plan_growth, why_not_exact, widen
+from tokenformer.growth import anneal_taus, append_tokens, plan_growth, why_not_exact
+from tokenformer.net2net import widen
 
 TINY = {"vocab_size": 100, "depth": 2, "dim": 32, "num_heads": 4, "qkv_tokens": 16, "proj_tokens": 24, "ffn_tokens": 64}
 EXACT = ("zero_keys", "segment_norm", "pairs", "split")

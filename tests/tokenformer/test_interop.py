@@ -17,8 +17,9 @@ from tokenformer import (
     load_official,
     save_pretrained,
 )
-from tokenformer.growth import pattention_layers, widen
+from tokenformer.growth import pattention_layers
 from tokenformer.interop import consolidated_state, load_checked, load_initial_weights
+from tokenformer.net2net import widen
 
 SIZES = {"depth": 2, "dim": 32, "num_heads": 2, "qkv_tokens": 16, "proj_tokens": 16, "ffn_tokens": 32}
 IDS = torch.arange(24).view(2, 12) % 64
