@@ -8,6 +8,8 @@ import sys
 from contextlib import nullcontext
 from importlib import import_module
 
+from lit_modules.commands import help
+
 # Modules in lit_modules/commands of the commands that take no config of an experiment.
 COMMANDS = {name: name for name in ("evaluate", "export", "generate", "grow", "plot", "submit")}
 COMMANDS["import"] = "import_released"
@@ -44,10 +46,10 @@ commands:
 
 Any key of a config can be given on the command line and wins over the file:
   tokenformer fit --config FILE --trainer.max_steps 1000 --model.optim.lr 3e-4 --data.batch_size 4
-Go on with the newest whole checkpoint of an experiment:
+Go on with the newest valid checkpoint of an experiment:
   tokenformer fit --config FILE --ckpt_path last
 
-  tokenformer COMMAND --help           all keys
+  tokenformer COMMAND --help           the keys that people set first, and where the rest is
   tokenformer COMMAND --config FILE --print_config
                                       the config with everything that was left to its default
 """
@@ -82,6 +84,9 @@ def main(args: list[str] | None = None) -> None:
     if not given or given[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return
+    if given[0] in help.COMMANDS and {"-h", "--help"} & set(given[1:]):
+        print(help.page(given[0]), end="")
+        return
     if given[0] in COMMANDS:
         import_module(f"lit_modules.commands.{COMMANDS[given[0]]}").main(given[1:])
         return
@@ -90,7 +95,7 @@ def main(args: list[str] | None = None) -> None:
     with listening() if given[0] == "fit" else nullcontext():
         from lit_modules.commands.experiment import run
 
-        run(args)
+        run(["--help" if arg == "--help.all" else arg for arg in given])
 
 
 if __name__ == "__main__":

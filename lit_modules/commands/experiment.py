@@ -181,7 +181,7 @@ class ExperimentCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder and the checkpoint to start from."""
         config = self.config[self.config.subcommand]
-        config.name = config.name or config_name(sys.argv[1:] if self._args is None else self._args)
+        config.name = config.name or config_name(sys.argv[1:] if self._args is None else self._args, config.model)
         if self.config.subcommand == "plan" and config.devices is None:
             config.devices = num_devices(config.trainer.devices, config.trainer.num_nodes)
         if self.config.subcommand in ("prepare", "plan"):

@@ -50,10 +50,14 @@ def resolve_run(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
     return folder, checkpoint
 
 
-def config_name(args: list[str]) -> str:
-    """The name of the first config file on the command line, without its ending; others change how it is run."""
+def config_name(args: list[str], model: Namespace) -> str:
+    """The name of the first config file on the command line, without its ending; `-baseline` follows for a baseline.
+
+    Other files change how it is run.
+    """
     file = re.search(r"(?:^|\n)(?:-c|--config)[\n=]([^\n]+)", "\n".join(args))
-    return Path(file[1]).stem if file else "run"
+    baseline = model.init_args.get("config", {}).get("baseline")
+    return (Path(file[1]).stem if file else "run") + ("-baseline" if baseline else "")
 
 
 def _new_run_dir(experiment: Path, subcommand: str) -> Path:

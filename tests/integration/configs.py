@@ -1,5 +1,6 @@
 """What the tests of language and vision configs share."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +12,70 @@ from tests.conftest import ROOT
 
 CONFIGS = ROOT / "configs"
 
-
-def configs(task: str) -> list[Path]:
-    """All files of a task, language or vision."""
-    return sorted((CONFIGS / task).glob("*.yaml"))
+Files = tuple[Path, ...]  # of an experiment, the later wins
 
 
-def given(path: Path) -> dict[str, Any]:
-    """What the file says."""
-    return yaml.safe_load(path.read_text())
+def configs(folder: str) -> list[Path]:
+    """All files of a folder."""
+    return sorted((CONFIGS / folder).glob("*.yaml"))
 
 
-def growth_of(path: Path) -> dict[str, Any]:
+def baselines() -> list[Files]:
+    """Pairs of a config and an overlay that makes a baseline of it, as the headers of the overlays have them."""
+    command = re.compile(r"^#   tokenformer fit --config (\S+) --config (\S+)$", re.M)
+    return [
+        tuple(ROOT / name for name in pair)
+        for path in configs("baseline")
+        for pair in command.findall(path.read_text())
+    ]
+
+
+def experiments(task: str) -> dict[str, Files]:
+    """The experiments of language or vision by name: `wikitext-2`, and `wikitext-2+parameters` for its baseline."""
+    found = [(path,) for path in configs(task)] + [pair for pair in baselines() if pair[0].parent.name == task]
+    return {"+".join(path.stem for path in files): files for files in found}
+
+
+def given(*files: Path) -> dict[str, Any]:
+    """What the files say together: dictionaries are merged, everything else is replaced."""
+    return _merged({}, *(yaml.safe_load(path.read_text()) for path in files))
+
+
+def _merged(first: Any, *others: Any) -> Any:
+    for other in others:
+        if isinstance(first, dict) and isinstance(other, dict):
+            first = first | {key: _merged(first.get(key), value) for key, value in other.items()}
+        else:
+            first = other
+    return first
+
+
+def growth_of(*files: Path) -> dict[str, Any]:
     """Arguments of its GrowParameterTokens, which comes first among its callbacks; empty without."""
-    callbacks = given(path)["trainer"].get("callbacks", [])
+    callbacks = given(*files)["trainer"].get("callbacks", [])
     return callbacks[0]["init_args"] if callbacks and callbacks[0]["class_path"] == "GrowParameterTokens" else {}
 
 
-def run_shrunken(path: Path, shrink: str, folder: Path) -> Path:
-    """Train with some settings of a config changed; returns the run's folder.
+def run_shrunken(files: Files, shrink: str, folder: Path) -> Path:
+    """Train with some settings of an experiment changed; returns the run's folder.
 
     Where it grows, it does so with its own recipe, but doubles, at steps that come.
     """
     settings = yaml.safe_load(shrink)
-    stages = len(growth_of(path).get("stages", []))
+    stages = len(growth_of(*files).get("stages", []))
     steps = 3 * stages + 3 if stages else 2
     settings["trainer"]["max_steps"] = steps
     if stages:
-        settings["trainer"]["callbacks"] = given(path)["trainer"]["callbacks"]
+        settings["trainer"]["callbacks"] = given(*files)["trainer"]["callbacks"]
         sizes = {"factor": 2.0, "qkv": None, "proj": None, "ffn": None}
         early = [{"at_step": 3 * (i + 1)} | sizes for i in range(stages)]
         settings["trainer"]["callbacks"][0]["init_args"]["stages"] = early
     (folder / "shrink.yaml").write_text(yaml.safe_dump(settings))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are tiny: more would only wait for each other
+    options = [option for path in (*files, folder / "shrink.yaml") for option in ("--config", str(path))]
     try:
-        main(["fit", "--config", str(path), "--config", str(folder / "shrink.yaml"), "--run_dir", str(folder / "run")])
+        main(["fit", *options, "--run_dir", str(folder / "run")])
     finally:
         torch.set_num_threads(threads)
     assert (folder / "run" / "checkpoints" / f"step-{steps:08d}.ckpt").exists()

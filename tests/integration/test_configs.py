@@ -5,15 +5,14 @@ import re
 import pytest
 
 from tests.conftest import ROOT
-from tests.integration.configs import CONFIGS, configs
+from tests.integration.configs import CONFIGS, baselines, configs, given
 
 PATHS = [*configs("language"), *configs("vision")]
-NAMES = [str(path.relative_to(CONFIGS).with_suffix("")) for path in PATHS]
 PLAIN = re.compile(r"class_path: (LanguageModule|VisionModule|TextDataModule|ImageDataModule)$")
 
 
 def test_no_config_is_left_out():
-    assert sorted([*PATHS, *configs("strategy")]) == sorted(CONFIGS.rglob("*.yaml"))
+    assert sorted([*PATHS, *configs("strategy"), *configs("baseline")]) == sorted(CONFIGS.rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", configs("strategy"), ids=lambda path: path.stem)
@@ -24,11 +23,23 @@ def test_strategy_says_how_it_is_used(path):
     assert command[2] == str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_every_overlay_of_a_baseline_has_its_experiments():
+    """What they do: test_language_configs.py, test_vision_configs.py."""
+    pairs = baselines()
+    assert {overlay for _, overlay in pairs} == set(configs("baseline"))
+    assert {first for first, _ in pairs} <= set(PATHS)
+    assert len(set(pairs)) == len(pairs)
+    for pair in pairs:
+        baseline = given(*pair)["model"]["init_args"]["config"].get("baseline")
+        assert (baseline is None) == (pair[1].stem == "no-growth")
+        assert "GrowParameterTokens" not in str(given(*pair))
+
+
+@pytest.mark.parametrize("path", [*PATHS, *configs("baseline")], ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_config_has_a_header_and_a_comment_on_every_key(path):
     text = path.read_text()
-    header = text[: text.index("\nmodel:")]
-    assert f"tokenformer fit --config {path.relative_to(ROOT)}\n" in header
+    header = re.match(r"(#.*\n)+", text)[0]
+    assert re.search(rf"#   tokenformer fit (--config \S+ )?--config {path.relative_to(ROOT)}\n", header)
     for word in ("Hardware:", "Time:", "Expected:", "Source:"):
         assert f"\n# {word} " in header, word
     for line in text.splitlines():

@@ -8,10 +8,11 @@ import tokenizers
 import torch
 
 from lit_modules.cli import main
-from tests.integration.configs import CONFIGS, configs, given, growth_of, run_shrunken
+from tests.integration.configs import CONFIGS, experiments, given, growth_of, run_shrunken
 from tokenformer import LMConfig, TokenFormerLM
 
 FOLDER = CONFIGS / "language"
+EXPERIMENTS = experiments("language")
 
 # facts: paper table 9, the released configs, the Transformers of table 6. Millions of parameters, to the digits given.
 PUBLISHED = {
@@ -25,17 +26,17 @@ PUBLISHED = {
     "openwebtext-1.4b": "1309.7",
     "openwebtext2-354m": "353.5",
     "openwebtext2-757m": "756.2",
-    "openwebtext-124m-transformer": "123.6",
-    "openwebtext-354m-transformer": "353.5",
-    "openwebtext-757m-transformer": "756.7",
-    "openwebtext-1.4b-transformer": "1311",
-    "openwebtext2-354m-transformer": "353.5",
-    "openwebtext2-757m-transformer": "756.7",
+    "openwebtext-124m+width": "123.6",
+    "openwebtext-354m+openwebtext-354m": "353.5",
+    "openwebtext-757m+openwebtext-757m": "756.7",
+    "openwebtext-1.4b+openwebtext-1.4b": "1311",
+    "openwebtext2-354m+width": "353.5",
+    "openwebtext2-757m+openwebtext2-757m": "756.7",
 }
 # The Transformers of the Pile models' depth and width were not published: 12 L d^2, embedding and final norm.
-PILE_TWINS = {"150m": (12, 768), "450m": (24, 1024), "900m": (32, 1280), "1.5b": (40, 1536)}
-for size, (depth, dim) in PILE_TWINS.items():
-    PUBLISHED[f"pile-{size}-transformer"] = f"{(12 * depth * dim**2 + 50304 * dim + 2 * dim) / 1e6:.2f}"
+PILE_BASELINES = {"150m": (12, 768), "450m": (24, 1024), "900m": (32, 1280), "1.5b": (40, 1536)}
+for size, (depth, dim) in PILE_BASELINES.items():
+    PUBLISHED[f"pile-{size}+width"] = f"{(12 * depth * dim**2 + 50304 * dim + 2 * dim) / 1e6:.2f}"
 
 TOKENS_PER_STEP = {"pile": 1024 * 2048, "openwebtext": 512 * 1024, "openwebtext2": 512 * 1024}
 
@@ -50,23 +51,23 @@ trainer: {accelerator: cpu, devices: 1, strategy: auto, precision: 32-true, accu
 """
 
 
-@pytest.mark.parametrize("path", configs("language"), ids=lambda path: path.stem)
-def test_config_runs_on_a_shrunken_model(path, corpus, tmp_path):
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_config_runs_on_a_shrunken_model(name, corpus, tmp_path):
     shrink = SHRINK.replace("SOURCE", str(corpus[0])).replace("CACHE", str(tmp_path / "tokens"))
-    saved, asked = given(run_shrunken(path, shrink, tmp_path) / "config.yaml"), given(path)
+    files = EXPERIMENTS[name]
+    saved, asked = given(run_shrunken(files, shrink, tmp_path) / "config.yaml"), given(*files)
     assert saved["model"]["init_args"]["optim"]["lr"] == asked["model"]["init_args"]["optim"]["lr"]
 
 
-def model_config(path, vocab_size):
-    asked = given(path)
+def model_config(name, vocab_size):
+    asked = given(*EXPERIMENTS[name])
     config = asked["model"]["init_args"]["config"] | {"max_seq_len": asked["data"]["init_args"]["seq_len"]}
     return LMConfig(**config, vocab_size=vocab_size)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
-    path = FOLDER / f"{name}.yaml"
-    config = model_config(path, vocab_size=50277)
+    config = model_config(name, vocab_size=50277)
     assert config.padded_vocab_size == 50304
     with torch.device("meta"):
         model = TokenFormerLM(config)
@@ -75,7 +76,7 @@ def test_published_sizes(name):
     digits = len(published.partition(".")[2])
     assert f"{model.num_params() / 1e6:.{digits}f}" == published
 
-    asked = given(path)
+    asked = given(*EXPERIMENTS[name])
     data, trainer = asked["data"]["init_args"], asked["trainer"]
     batch = data["batch_size"] * data["seq_len"] * trainer["devices"] * trainer["accumulate_grad_batches"]
     assert batch == TOKENS_PER_STEP[name.partition("-")[0]]
@@ -84,8 +85,8 @@ def test_published_sizes(name):
 
 
 def test_every_published_config_is_tested():
-    ours = {f"{name}{twin}" for name in ("quickstart", "wikitext-2") for twin in ("", "-transformer")}
-    assert {path.stem for path in configs("language")} == set(PUBLISHED) | ours | {"openwebtext-growth"}
+    ours = {"quickstart", "quickstart+quickstart", "quickstart+no-growth", "wikitext-2", "wikitext-2+parameters"}
+    assert set(EXPERIMENTS) == set(PUBLISHED) | ours | {"openwebtext-growth"}
 
 
 def test_the_published_series_is_planned_with_its_sizes(tmp_path, capsys):
@@ -105,10 +106,10 @@ def test_the_published_series_is_planned_with_its_sizes(tmp_path, capsys):
     assert "marginal" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["quickstart", "wikitext-2"])
-def test_our_own_twins_have_equal_parameters(name):
-    ours, twin = (model_config(FOLDER / f"{name}{end}.yaml", 257) for end in ("", "-transformer"))
-    for stage in growth_of(FOLDER / f"{name}.yaml").get("stages", []):  # the size that it ends with
+@pytest.mark.parametrize(("name", "overlay"), [("quickstart", "quickstart"), ("wikitext-2", "parameters")])
+def test_our_own_baselines_have_equal_parameters(name, overlay):
+    ours, baseline = (model_config(experiment, 257) for experiment in (name, f"{name}+{overlay}"))
+    for stage in growth_of(*EXPERIMENTS[name]).get("stages", []):  # the size that it ends with
         ours = replace(ours, **{f"{kind}_tokens": stage[kind] for kind in ("qkv", "proj", "ffn")})
-    assert ours.num_params() - 5 * ours.depth == twin.num_params()  # one learned tau per Pattention
-    assert (ours.depth, ours.dim) == (twin.depth, twin.dim)
+    assert ours.num_params() - 5 * ours.depth == baseline.num_params()  # one learned tau per Pattention
+    assert (ours.depth, ours.dim) == (baseline.depth, baseline.dim)
