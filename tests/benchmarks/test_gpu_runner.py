@@ -128,10 +128,10 @@ def test_nothing_starts_that_would_not_end(toys, monkeypatch, capsys):
 
 def test_what_hangs_is_ended_with_its_process(toys, monkeypatch, capsys):
     plan, ran = toys
-    monkeypatch.setattr(gpu, "START", 8.0)
+    monkeypatch.setattr(gpu, "START", 4.0)
     gpu.measure_all(plan((("one", ""),), one=["sleep", "a"]), in_a_minute())
     assert ran() == ["sleep of one", "a of one"]
-    assert "sleep of one: FAILED: not done after 10 s" in capsys.readouterr().out
+    assert "sleep of one: FAILED: not done after 6 s" in capsys.readouterr().out
 
 
 def test_a_kill_in_the_middle_loses_the_case_that_runs(toys, tmp_path):
