@@ -135,11 +135,13 @@ class ArgumentParser(LightningArgumentParser):
 class ExperimentCLI(LightningCLI):
     """LightningCLI for this project's modules."""
 
+    command: ClassVar[str | None] = None  # the one to be run: parsers of the others take a second to build
     held_locks: ClassVar[list[RunLock]] = []  # of the run in this process; it outlives a constructor that raises
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("prepare", "plan")}
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:  # type: ignore[override]
+        known = LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("prepare", "plan")}
+        return {cls.command: known[cls.command]} if cls.command in known else known
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = ArgumentParser(**kwargs)
@@ -261,6 +263,7 @@ def run(args: list[str] | None, cli: type[ExperimentCLI] = ExperimentCLI) -> Exp
     )
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${data.init_args.seq_len} works in a config
     first_process = RUN_DIR not in os.environ
+    ExperimentCLI.command = (sys.argv[1:] if args is None else args)[0]
     if FIRST_PROCESS in os.environ:
         end_with(int(os.environ[FIRST_PROCESS]))
     try:
