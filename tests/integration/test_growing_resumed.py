@@ -99,6 +99,7 @@ FULL = [
     "--trainer.strategy.save_distributed_checkpoint=false",
 ]
 EMA = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
+SHALLOW = ["--model.config.depth=1"]  # where one block shows as much as two
 SAMPLE = ["--trainer.callbacks+=SampleText", "--trainer.callbacks.max_new_tokens=4"]
 TWO = {
     "ddp": (DDP, {}),
@@ -108,6 +109,7 @@ TWO = {
             "--trainer.strategy.class_path=DDPStrategy",
             "--trainer.strategy.static_graph=true",
             "--trainer.precision=bf16-true",
+            *SHALLOW,
         ],
         {"init": "segment_norm"},
     ),
@@ -119,21 +121,25 @@ TWO = {
             *EMA,
             "--trainer.accumulate_grad_batches=2",
             "--trainer.precision=bf16-mixed",
+            *SHALLOW,
         ],
         {},
     ),
-    "ddp, only the new": (DDP, {"train": "new"}),
+    "ddp, only the new": ([*DDP, *SHALLOW], {"train": "new"}),
     "fsdp2": (FSDP2, {}),
     "fsdp2, recomputed activations, bf16-mixed": (
-        [*FSDP2, "--model.checkpoint_activations=true", "--trainer.precision=bf16-mixed"],
+        [*FSDP2, *SHALLOW, "--model.checkpoint_activations=true", "--trainer.precision=bf16-mixed"],
         {"scale": "anneal", "anneal_steps": 4},
     ),
-    "fsdp2, bf16-true": ([*FSDP2, *SAMPLE, "--trainer.precision=bf16-true"], {}),
-    "fsdp2, EMA, old ones slowly": ([*FSDP2, *EMA], {"old_lr_scale": 0.3}),
-    "fsdp2, EMA, only the new": ([*FSDP2, *EMA, "--model.config.scale=learned"], {"train": "new", "init": "pairs"}),
+    "fsdp2, bf16-true": ([*FSDP2, *SHALLOW, *SAMPLE, "--trainer.precision=bf16-true"], {}),
+    "fsdp2, EMA, old ones slowly": ([*FSDP2, *SHALLOW, *EMA], {"old_lr_scale": 0.3}),
+    "fsdp2, EMA, only the new": (
+        [*FSDP2, *SHALLOW, *EMA, "--model.config.scale=learned"],
+        {"train": "new", "init": "pairs"},
+    ),
     "fsdp2, full": (FULL, {}),
     "fsdp2, full, EMA": ([*FULL, *EMA], {}),
-    "fsdp2, full, only the new": (FULL, {"train": "new"}),
+    "fsdp2, full, only the new": ([*FULL, *SHALLOW], {"train": "new"}),
 }
 
 
@@ -144,7 +150,7 @@ def in_two_processes(corpus, tmp_path_factory):
     commands = []
     for name, (options, growth) in TWO.items():
         (folder / name).mkdir(parents=True)
-        config = config_of(folder / name, corpus, **growth)
+        config = config_of(folder / name, corpus, trainer={"limit_val_batches": 2}, **growth)
         whole = folder / name / "whole"
         commands.append(fit(config, whole, *options, *saving(every=2)))
         for step in (6, 8):
