@@ -1,10 +1,13 @@
 # make quickstart: set up, then train a TokenFormer on real text (two minutes); quickstart-vision: on images (one).
-# make test: set up, then run all tests.
+# make test: set up, then run all tests; test-quick: those of single parts, in a minute or so, while you work.
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG := configs/language/quickstart.yaml
 
-.PHONY: help setup quickstart quickstart-vision test lint types bench bench-check clean
+# Tests on all cores, a file in one process; the first files are those that take long.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+.PHONY: help setup quickstart quickstart-vision test test-quick lint types bench bench-check clean
 help:
 	@sed -n '1,2s/^# //p' Makefile
 	@echo "also: make lint | types | bench | bench-check | clean"
@@ -23,7 +26,10 @@ quickstart-vision: setup
 	$(BIN)/tokenformer fit --config configs/vision/quickstart.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-quick: setup
+	$(PYTEST) --ignore tests/integration --ignore tests/benchmarks
 
 lint: setup
 	$(BIN)/ruff check .

@@ -27,8 +27,8 @@ def checkpoint_of(run, step):
 
 
 def saving(every):
-    """Options that save after every so many steps. Those of several processes take long."""
-    return [f"--checkpoint.every_n_train_steps={every}"]
+    """Options that save after every so many steps and no best. Saves of several processes take long."""
+    return [f"--checkpoint.every_n_train_steps={every}", "--best.save_top_k=0"]
 
 
 def contents(run, step=14):
