@@ -200,7 +200,7 @@ def growth(precision: str, device: str, compiled: bool = False) -> Measured:
 
 
 def compiled_model(precision: str, device: str) -> Measured:
-    """Loss and gradients of a model and of its compiled twin."""
+    """Loss and gradients of a model and of the same, compiled."""
     assert precision == "bf16-mixed"
     torch.compiler.reset()
     results = []

@@ -1,4 +1,4 @@
-"""Generation with the KV cache: against the Transformer twin, against itself without a cache, and over length.
+"""Generation with the KV cache: against the Transformer baseline, against itself without a cache, and over length.
 
     python -m benchmarks.generation [--rounds 3] [--device cpu]
 
@@ -16,7 +16,7 @@ from benchmarks.harness import Case, Measured, Row, benchmark, round_ratios, tim
 from tokenformer import LMConfig, TokenFormerLM, generate
 
 CACHED = "tokens/s with the KV cache"
-TWIN, UNCACHED = (CACHED, "its Transformer twin"), (CACHED, "without the cache")
+BASELINE, UNCACHED = (CACHED, "Transformer baseline"), (CACHED, "without the cache")
 LINEAR = ("time with the KV cache", "2 x half the length")
 SMALL = {"depth": 4, "dim": 256, "num_heads": 4, "qkv_tokens": 192, "proj_tokens": 192, "ffn_tokens": 768}
 PUBLISHED = {"depth": 12, "dim": 768, "num_heads": 12, "qkv_tokens": 576, "proj_tokens": 576, "ffn_tokens": 2304}
@@ -28,7 +28,7 @@ def case(name: str, sizes: dict[str, int], batch_size: int, length: int, device:
     """One batch size at one length."""
     return Case(
         f"{name}, batch {batch_size}, {length} tokens, {'bfloat16' if device == 'cuda' else 'float32'}",
-        {TWIN: ">= 0.9", UNCACHED: "", LINEAR: "<= 1.1"},
+        {BASELINE: ">= 0.9", UNCACHED: "", LINEAR: "<= 1.1"},
         {"sizes": sizes, "batch_size": batch_size, "length": length},
         device,
         quick,
@@ -57,24 +57,24 @@ def measure(sizes: dict[str, Any], batch_size: int, length: int, device: str, ro
     shared = {"vocab_size": 257, "max_seq_len": PROMPT + length, **sizes}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     ours = TokenFormerLM(LMConfig(**shared)).to(device, dtype)
-    twin = TokenFormerLM(LMConfig(**shared, baseline="parameters")).to(device, dtype)
+    baseline = TokenFormerLM(LMConfig(**shared, baseline="parameters")).to(device, dtype)
     prompts = torch.randint(0, 257, (batch_size, PROMPT), device=device)
     seconds = time_in_turn(
         {
             "cached": partial(generate, ours, prompts, length, temperature=0),
             "half": partial(generate, ours, prompts, length // 2, temperature=0),
-            "twin": partial(generate, twin, prompts, length, temperature=0),
+            "baseline": partial(generate, baseline, prompts, length, temperature=0),
             "uncached": partial(without_cache, ours, prompts, length),
         },
         rounds,
     )
     ratios = {
-        TWIN: round_ratios(seconds, "twin", "cached"),
+        BASELINE: round_ratios(seconds, "baseline", "cached"),
         UNCACHED: round_ratios(seconds, "uncached", "cached"),
         LINEAR: [ratio / 2 for ratio in round_ratios(seconds, "cached", "half")],
     }
     columns: Row = {"length": length, "batch_size": batch_size}
-    for name in ("cached", "twin", "uncached"):
+    for name in ("cached", "baseline", "uncached"):
         columns[f"{name}_tokens_per_s"] = f"{batch_size * length / statistics.median(seconds[name]):.0f}"
     return ratios, columns
 

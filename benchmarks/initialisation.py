@@ -26,7 +26,7 @@ VARIANTS = {
     "official, tau learned": {"init": "official", "scale": "learned"},
     "scaled, tau fixed": {"init": "scaled", "scale": "fixed"},
     "scaled, tau learned": {"init": "scaled", "scale": "learned"},
-    "Transformer twin": {"baseline": "parameters"},
+    "Transformer baseline": {"baseline": "parameters"},
 }
 SIZE = {"depth": 4, "dim": 128, "num_heads": 4, "qkv_tokens": 128, "proj_tokens": 128, "ffn_tokens": 512}
 

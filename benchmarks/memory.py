@@ -3,7 +3,7 @@
     python -m benchmarks.memory [--device cpu]
 
 Against the straightforward transcription of the operator and against an MLP of its shape; a model against itself with
-the transcription in its layers, and against its Transformer twin. On the CPU all of torch's allocations, as the
+the transcription in its layers, and against Transformer baseline. On the CPU all of torch's allocations, as the
 profiler sees them; on a GPU `torch.cuda.max_memory_allocated`. One round: nothing here is random.
 """
 
@@ -23,7 +23,7 @@ from tokenformer import LMConfig, TokenFormerLM, pattention
 OPERATOR, MODEL = "peak memory of the operator", "peak memory of a model's step"
 KEPT, KEPT_RECOMPUTING = ((f"what the operator keeps{how}", "one score buffer") for how in ("", ", recompute_scores"))
 RECOMPUTING = f"{MODEL}, recompute_scores"
-TWIN = "its Transformer twin"
+BASELINE = "Transformer baseline"
 SMALL = {"depth": 4, "dim": 384, "num_heads": 6, "qkv_tokens": 288, "proj_tokens": 288, "ffn_tokens": 1152}
 PUBLISHED = {"depth": 12, "dim": 768, "num_heads": 12, "qkv_tokens": 576, "proj_tokens": 576, "ffn_tokens": 2304}
 
@@ -53,7 +53,7 @@ def cases(
         {
             (what, peer): goal
             for what in (MODEL, RECOMPUTING)
-            for peer, goal in ((TRANSCRIPTION, "<= 0.5"), (TWIN, "<= 1.0"))
+            for peer, goal in ((TRANSCRIPTION, "<= 0.5"), (BASELINE, "<= 1.0"))
         },
         {"shape": (batch_size, seq_len), "sizes": {"vocab_size": vocab_size, **sizes}},
         device,
@@ -120,11 +120,11 @@ def measure(
         peaks = {"ours": peak(partial(model_step, model, ids), device)}
         with mock.patch("tokenformer.pattention.attend", lambda x, keys, values, *_: transcription(x, *keys, *values)):
             peaks[TRANSCRIPTION] = peak(partial(model_step, model, ids), device)
-        twin = TokenFormerLM(LMConfig(baseline="parameters", **sizes)).to(device)
-        peaks[TWIN] = peak(partial(model_step, twin, ids), device)
+        baseline = TokenFormerLM(LMConfig(baseline="parameters", **sizes)).to(device)
+        peaks[BASELINE] = peak(partial(model_step, baseline, ids), device)
         model.backbone.recompute_scores()
         peaks["recomputing"] = peak(partial(model_step, model, ids), device)
-        ours, peers = {MODEL: "ours", RECOMPUTING: "recomputing"}, (TRANSCRIPTION, TWIN)
+        ours, peers = {MODEL: "ours", RECOMPUTING: "recomputing"}, (TRANSCRIPTION, BASELINE)
     ratios = {(what, peer): [peaks[name] / peaks[peer]] for what, name in ours.items() for peer in peers}
     return ratios | kept, {f"{name.split()[-1].lower()}_bytes": count for name, count in peaks.items()}
 

@@ -63,7 +63,7 @@ def generation(axes: Axes, rows: list[Row]) -> None:
     ):
         points = list(mine)
         lengths = [number(row, "length") for row in points]
-        for who, style in (("cached", "o-"), ("twin", "x--"), ("uncached", "s:")):
+        for who, style in (("cached", "o-"), ("baseline", "x--"), ("uncached", "s:")):
             axes.plot(lengths, [number(row, f"{who}_tokens_per_s") for row in points], style, label=f"{name}: {who}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -74,7 +74,7 @@ def generation(axes: Axes, rows: list[Row]) -> None:
 DRAWN: dict[str, tuple[Callable[[Axes, list[Row]], None], str]] = {
     "operator": (operator, ""),
     "context": (context, ""),
-    "generation": (generation, "its Transformer twin"),  # one row of each case is enough
+    "generation": (generation, "Transformer baseline"),  # one row of each case is enough
 }
 
 

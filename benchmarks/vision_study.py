@@ -1,7 +1,7 @@
-"""A small TokenFormer-ViT, also grown, against its twin and timm's ViT of equal size, on 5,000 real images.
+"""A small TokenFormer-ViT, also grown, against its baseline and timm's ViT of equal size, on 5,000 real images.
 
     python -m benchmarks.vision_study                              # what is not in the results yet
-    python -m benchmarks.vision_study --models tokenformer twin    # some of them, to run several at a time
+    python -m benchmarks.vision_study --models tokenformer baseline    # some of them, to run several at a time
 
 Every run is a `tokenformer fit --config configs/vision/cifar-10.yaml` with the options of `options`, which the results
 name whole: same images, augmentation and epochs for all. Each model gets its own learning rate, the best of a grid in
@@ -31,7 +31,7 @@ SEEDS = (0, 1)
 SIZE = {"depth": 4, "dim": 96, "num_heads": 3, "qkv_tokens": 72, "proj_tokens": 72, "ffn_tokens": 288}
 HALF = {"qkv_tokens": 36, "proj_tokens": 36, "ffn_tokens": 144}
 TIMM_ARGS = {"embed_dim": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "global_pool": "avg", "class_token": False}
-MODELS = ("tokenformer", "twin", "timm", "grown")
+MODELS = ("tokenformer", "baseline", "timm", "grown")
 
 
 def options(model: str, images: Path, rate: float, epochs: int, seed: int) -> list[str]:
@@ -45,7 +45,7 @@ def options(model: str, images: Path, rate: float, epochs: int, seed: int) -> li
     given |= {"data.mixup": 0.0, "data.cutmix": 0.0, "data.rand_augment": "null"}  # too strong for so few epochs
     given |= {"data.seed": seed, "model.config.drop_path": 0.0, "trainer.accelerator": "cpu", "trainer.devices": 1}
     given |= {"trainer.strategy": "auto", "trainer.precision": "32-true", "model.compile": False}
-    if model == "twin":
+    if model == "baseline":
         given["model.config.baseline"] = "parameters"
     if model == "timm":
         given["model.timm_model"] = "vit_tiny_patch16_224"

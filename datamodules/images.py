@@ -172,7 +172,7 @@ class ImageDataModule(StreamDataModule):
             raise ValueError(f"{where}: no images in it")
         if images.empty and not (split == "train" and self.skip_unreadable):
             raise ValueError(
-                f"{where}: {len(images.empty)} of its files are empty, the first {images.empty[0]}; copy them anew"
+                f"{where}: {len(images.empty)} of its files are empty, the first {images.empty[0]}; copy them again"
             )
         return images
 

@@ -105,7 +105,7 @@ class StreamLoader(DataLoader[Any]):
 
 
 class StreamDataModule(LightningDataModule, ABC):
-    """Data whose training stream a resumed run goes on with: the same samples in the same order."""
+    """Data whose training stream a resumed run continues: the same samples in the same order."""
 
     @abstractmethod
     def order(self) -> dict[str, int | str]:

@@ -55,7 +55,7 @@ class TokenFile:
         split: counts.
 
     Raises:
-        ValueError: when the folder is missing, half-written or damaged.
+        ValueError: when the folder is missing, half-written or corrupted.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -69,7 +69,7 @@ class TokenFile:
         actual = path.stat().st_size if path.exists() else 0
         if actual != expected:
             raise ValueError(
-                f"token file {path} has {actual} bytes instead of {expected}: half-written or damaged; "
+                f"token file {path} has {actual} bytes instead of {expected}: half-written or corrupted; "
                 f"delete {folder} and run `tokenformer prepare` again"
             )
         self.ids: NDArray[Any] = np.memmap(path, dtype=dtype, mode="r")
@@ -99,7 +99,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         if metadata["format"] != FORMAT:
             raise ValueError(f"{path} has format {metadata['format']}, not {FORMAT}: delete {folder} and prepare again")
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: delete {folder} and run `tokenformer prepare` again") from error
+        raise ValueError(f"{path} is corrupted: delete {folder} and run `tokenformer prepare` again") from error
     return dict(metadata)
 
 

@@ -39,16 +39,16 @@ commands:
                                       tokenformer import PATH --out DIR
   evaluate   zero-shot scores of a language model, by the lm-evaluation-harness
                                       tokenformer evaluate CKPT --tasks hellaswag,piqa
-  generate   let a language model go on with a text
+  generate   continue a text with a language model
                                       tokenformer generate CKPT --prompt TEXT
-  submit     train as a Slurm job, which goes on by itself when it is preempted or its time is up
+  submit     train as a Slurm job that requeues itself and resumes when it is preempted or out of time
                                       tokenformer submit --config FILE --nodes 2 --gpus-per-node 8 --time 24:00:00
   plot       loss over steps, tokens, FLOPs and time, of one or several runs
                                       tokenformer plot RUN...
 
 Any key of a config can be given on the command line and wins over the file:
   tokenformer fit --config FILE --trainer.max_steps 1000 --model.optim.lr 3e-4 --data.batch_size 4
-Go on with the newest valid checkpoint of an experiment:
+Resume from the newest valid checkpoint of an experiment:
   tokenformer fit --config FILE --ckpt_path last
 
   tokenformer COMMAND --help           the keys that people set first, and where the rest is

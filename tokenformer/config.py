@@ -30,8 +30,8 @@ class BackboneConfig:
             whatever depth, width and number of tokens).
         norm_affine: give the blocks' LayerNorms a learned weight and bias (published models: false).
         rotary_fraction: part of each head's channels that rotary embeddings turn; 0 for no position information.
-        baseline: build the twin with linear projections, a plain Transformer: `width`, of equal width (feed-forward
-            4 x dim), or `parameters`, of equal width and equal parameter count (wider feed-forward). The twin ignores
+        baseline: build a plain Transformer, with linear projections: `width`, of equal width (feed-forward
+            4 x dim), or `parameters`, of equal width and equal parameter count (wider feed-forward). It ignores
             `*_tokens` but for that count, and `score_norm`, `scale` and `init`.
     """
 

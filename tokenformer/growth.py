@@ -179,7 +179,7 @@ def append_tokens(
     ``zero_keys``: keys 0, values N(0, value_std). New scores are 0, so the norm stays and GELU(0) = 0 (paper, App. B).
     ``random``: keys N(0, key_std), values N(0, value_std): the paper's runs. Not exact.
     ``segment_norm``: the new tokens have a norm and a tau of their own; keys N(0, key_std), values 0.
-    ``pairs``: as `segment_norm`, but tokens come in twins of equal key and opposite value N(0, value_std), that cancel.
+    ``pairs``: as `segment_norm`, but tokens come in pairs of equal key and opposite value N(0, value_std), that cancel.
     ``split``: all tokens copied (M a multiple of N), the values divided in random shares; tau grows by
     sqrt((N + M) / N), as the norm does.
 
@@ -222,7 +222,7 @@ def append_tokens(
     elif init == "segment_norm":
         new.keys.copy_(normal(num_tokens, layer.in_features, layer.key_std))
         new.values.zero_()
-    elif init == "pairs":  # twins side by side, so that a sum over tokens meets both halves at once
+    elif init == "pairs":  # the two side by side, so that a sum over tokens meets both halves at once
         half = num_tokens // 2
         new.keys.copy_(normal(half, layer.in_features, layer.key_std).repeat_interleave(2, dim=0))
         value = normal(half, layer.out_features, layer.value_std)

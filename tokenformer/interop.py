@@ -62,7 +62,7 @@ def _read_weights(folder: str | Path) -> dict[str, Tensor]:
     try:
         return load_file(Path(folder) / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{Path(folder) / WEIGHTS}: not there, or damaged: {error}") from error
+        raise ValueError(f"{Path(folder) / WEIGHTS}: not there, or corrupted: {error}") from error
 
 
 def read_config(folder: str | Path) -> LMConfig | ViTConfig:
@@ -77,7 +77,7 @@ def read_config(folder: str | Path) -> LMConfig | ViTConfig:
     try:
         given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: damaged: {error}") from error
+        raise ValueError(f"{folder / CONFIG}: corrupted: {error}") from error
     if given.get("model_type") not in KINDS:
         known = ", ".join(KINDS)
         raise ValueError(

@@ -36,7 +36,7 @@ def read_released(source: str | Path) -> dict[str, Tensor]:
         source: the file, `.safetensors` or what ``torch.save`` wrote, or the folder with it or with its shards.
 
     Raises:
-        ValueError: for what is damaged, or of another kind; says which command reads it.
+        ValueError: for what is corrupted, or of another kind; says which command reads it.
     """
     tensors: dict[str, Tensor] = {}
     for file in weight_files(Path(source)):
@@ -71,7 +71,7 @@ def _listed(index: Path) -> dict[str, str]:
     try:
         return json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index}: damaged, it has no weight_map: {error}") from error
+        raise ValueError(f"{index}: corrupted, it has no weight_map: {error}") from error
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -83,8 +83,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         if zipfile.is_zipfile(file):
             raise ValueError(f"{file}: is no file of tensors alone, reading it might run code: {error}") from error
         raise wrong_kind(file, "wanted is a file of tensors") from error
-    except Exception as error:  # of damaged files torch.load raises whatever it stumbles over
-        raise wrong_kind(file, f"damaged, or no file of tensors ({error})") from error
+    except Exception as error:  # of corrupted files torch.load raises whatever it stumbles over
+        raise wrong_kind(file, f"corrupted, or no file of tensors ({error})") from error
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise ValueError(f"{file}: holds no dictionary of tensors")
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}

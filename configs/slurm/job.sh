@@ -1,5 +1,5 @@
 #!/bin/bash
-# A Slurm job that trains, and goes on by itself when it is preempted or its time is up.
+# A Slurm job that trains, and requeues itself when it is preempted or out of time.
 # `tokenformer submit` fills it in. By hand: copy it, replace every word that begins with @, and `sbatch` the copy.
 #
 # One task for each device: @tasks is trainer.devices, @nodes is trainer.num_nodes.
@@ -22,7 +22,7 @@ run=@run@task
 mkdir -p "$run/logs"
 rm -f "$run/requeue"
 
-# The first time `auto` begins the run, later it goes on with the newest whole checkpoint in its folder.
+# The first time `auto` starts the run, later it resumes from the newest valid checkpoint in its folder.
 # One task that fails ends all of them; the others would wait for it. The tasks' logs are in logs/.
 srun --kill-on-bad-exit=1 --open-mode=append --output="$run/logs/task-%t.log" \
     @command fit --config @config --run_dir "$run" --ckpt_path auto @overrides

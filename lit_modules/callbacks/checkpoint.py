@@ -29,7 +29,7 @@ class Checkpoint(RunCheckpoint):
     one at which the trainer was told to stop: its time is up (`trainer.max_time`), or a metric no longer gets better.
 
     Args:
-        asynchronous: write checkpoints while the training goes on, from a copy in the host's memory; `best` too.
+        asynchronous: write checkpoints while the training continues, from a copy in the host's memory; `best` too.
 
     Attributes:
         requested: save this step too; set by :class:`Preemption`.
@@ -58,7 +58,7 @@ class Checkpoint(RunCheckpoint):
             io.wait()
             if failure := trainer.strategy.broadcast(io.failure):  # it is the first process that writes
                 raise RunError(
-                    f"{failure}: the last steps of the run are lost. Make room, and go on with --ckpt_path last"
+                    f"{failure}: the last steps of the run are lost. Make room, and resume with --ckpt_path last"
                 )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

@@ -22,7 +22,7 @@ class EMA(WeightAveraging):
     The weights themselves are validated beside it: their metrics begin with `val/raw_`.
 
     With warm-up the decay after n averaged steps is min(decay, (1 + n) / (10 + n)), so that the average of a short run
-    is not its initialisation. A step that was left out (:class:`NonFinite`) leaves the average as it is.
+    is not its initialisation. A step that was skipped (:class:`NonFinite`) leaves the average as it is.
 
     Args:
         decay: of the average, per optimizer step.

@@ -36,7 +36,7 @@ class GrowParameterTokens(Callback):
         stages: when and how far, in order.
         init: how new tokens start: zero_keys, segment_norm, pairs, split (all exact) or random (the paper's runs).
         train: all, or new: freeze everything that is older than the last growth.
-        schedule: restart: the learning rate has a new warm-up and decay in each stage; continue: it goes on.
+        schedule: restart: the learning rate has a new warm-up and decay in each stage; continue: as without growth.
         scale: tau after growth: fixed; anneal to sqrt(tokens) within `anneal_steps`; learned (a trained gain for layers
             that have none); current (jumps to sqrt(tokens): the released code, not exact).
         anneal_steps: optimizer steps of `scale: anneal`.

@@ -1,4 +1,4 @@
-"""What is done about steps that were left out since their numbers were not finite."""
+"""What is done about steps that were skipped since their numbers were not finite."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +26,16 @@ class _Step:
 
 
 class NonFinite(Callback):
-    """Stops a run whose loss or gradients become NaN or infinite, or goes on without a few such steps.
+    """Stops a run whose loss or gradients become NaN or infinite, or skips a few such steps.
 
     The weights, the optimizer's state and the average (EMA) never see such a step (:mod:`lit_modules.optim.skip_step`);
     step count, schedule and data move on. What it did is read on the host one step later, so that the device always
     has work, and before anything is saved. A run that stops leaves the batches of the step in
-    `nonfinite-step-STEP-rank-RANK.pt`, for `torch.load`. In 16-mixed steps that the GradScaler leaves out to find its
+    `nonfinite-step-STEP-rank-RANK.pt`, for `torch.load`. In 16-mixed steps that the GradScaler skips to find its
     scale don't count, only losses do.
 
     Args:
-        skip: so many steps in a row may be left out; one more stops the run. 0: stop at the first.
+        skip: so many steps in a row may be skipped; one more stops the run. 0: stop at the first.
     """
 
     def __init__(self, skip: int = 0) -> None:
@@ -72,7 +72,7 @@ class NonFinite(Callback):
         self._judge(trainer)
 
     def _judge(self, trainer: Trainer) -> None:
-        """Stop, or count, if the step before was left out."""
+        """Stop, or count, if the step before was skipped."""
         step, self._before = self._before, None
         if step is None or step.skipped is None:
             return
@@ -84,7 +84,7 @@ class NonFinite(Callback):
         self.in_a_row += 1
         what = f"loss or gradients of step {step.number} are not finite"
         if self.in_a_row <= self.skip:
-            rank_zero_warn(f"{what}: it is left out ({self.in_a_row} in a row, nonfinite.skip={self.skip})")
+            rank_zero_warn(f"{what}: it is skipped ({self.in_a_row} in a row, nonfinite.skip={self.skip})")
             return
         file = Path(trainer.default_root_dir) / f"nonfinite-step-{step.number:08d}-rank-{trainer.global_rank}.pt"
         losses = [loss.item() for loss in step.losses]
@@ -92,7 +92,7 @@ class NonFinite(Callback):
         torch.save(apply_to_collection(found | {"grad_norm": step.grad_norm}, Tensor, lambda t: t.cpu()), file)
         raise RunError(
             f"{what}, of {self.in_a_row} in a row (losses of this process: {', '.join(f'{loss:g}' for loss in losses)}"
-            f"). The weights are as before it; its batches are in {file}. Go on with --ckpt_path last and a lower "
+            f"). The weights are as before it; its batches are in {file}. Resume with --ckpt_path last and a lower "
             "model.optim.lr, or leave up to N such steps in a row out: nonfinite.skip=N"
         )
 

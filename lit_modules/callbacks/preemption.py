@@ -17,15 +17,15 @@ from lit_modules.runs import signals
 class Preemption(Callback):
     """After SIGUSR1 or SIGTERM in any process: finish the step, and its validation if one is due; save; end.
 
-    The process ends with code 75 (SIGUSR1: it wants to go on, and leaves the file `requeue` in the run's folder for the
-    job's script) or 143 (SIGTERM). A run whose last step this was ends as it always does.
+    The process ends with code 75 (SIGUSR1: it is to be requeued, and leaves the file `requeue` in the run's folder for
+    the job's script) or 143 (SIGTERM). A run whose last step this was ends as it always does.
 
     Lightning's own part in this is switched off: its SIGTERM handler broadcasts wherever the process just is, which can
     hang, and its loop waits for the device before every batch, to ask whether that has happened.
 
     Args:
         run_dir: the run's folder.
-        resumed_from: the checkpoint that this process has found to go on with.
+        resumed_from: the checkpoint from which this process resumes.
     """
 
     def __init__(self, run_dir: str, resumed_from: str | None = None) -> None:

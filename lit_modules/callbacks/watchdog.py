@@ -56,7 +56,7 @@ class Watchdog(Callback):
         for rank, child in enumerate(self._children, 1):
             if (code := child.poll()) is not None and code < 0:
                 how = signal.Signals(-code).name
-                return f"process {rank} (pid {child.pid}) was ended by {how}. Go on with --ckpt_path last"
+                return f"process {rank} (pid {child.pid}) was ended by {how}. Resume with --ckpt_path last"
         return None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -1,1 +1,1 @@
-"""Checkpoints: written whole or not at all, validated, read, and compared with the run that resumes."""
+"""Checkpoints: written complete or not at all, validated, read, and compared with the run that resumes."""

@@ -21,7 +21,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of `tokenformer fit` in the form of a single file; of a sharded one without the optimizer's state.
 
     Raises:
-        ValueError: for what is damaged or no checkpoint of this project; says which command reads it.
+        ValueError: for what is corrupted or no checkpoint of this project; says which command reads it.
     """
     head = read_header(path)
     hyper = head.get("hyper_parameters", {})

@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 
 
 def latest_valid(paths: Iterable[Path]) -> Path | None:
-    """The newest checkpoint that is undamaged; damaged newer ones are passed over with a warning."""
+    """The newest checkpoint that is valid; corrupted newer ones are passed over with a warning."""
     for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         if problem := find_corruption(path):
             warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=2)
@@ -39,7 +39,7 @@ def find_corruption(path: Path) -> str | None:
             broken = archive.testzip()
     except (zipfile.BadZipFile, OSError) as error:
         return f"truncated or not a checkpoint ({error})"
-    return f"its part {broken} is damaged" if broken else _unsafe_content(path)
+    return f"its part {broken} is corrupted" if broken else _unsafe_content(path)
 
 
 def _corrupted_shard(folder: Path) -> str | None:
@@ -52,7 +52,7 @@ def _corrupted_shard(folder: Path) -> str | None:
         if not file.is_file() or file.stat().st_size != size:
             return f"its part {name} is truncated or missing"
         if _crc(file) != crc:
-            return f"its part {name} is damaged"
+            return f"its part {name} is corrupted"
     return None
 
 

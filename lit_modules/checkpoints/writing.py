@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: how they are written, what is wrong with one, the newest whole one.
+"""Checkpoints that are complete or not there: how they are written and removed.
 
 A checkpoint is a file, or a folder to which each process writes its part. It is written beside its place, under a name
 that ends in `.partial`, brought to the disk, and renamed. A folder has a manifest of the sizes and checksums of its
@@ -26,8 +26,8 @@ PARTIAL = ".partial"
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Saves so that a kill or a full disk leaves the checkpoints that are there.
 
-    None is removed before its successor is whole. A save that the disk refuses is left out with a warning, and the
-    training goes on to the next one.
+    None is removed before its successor is complete. A save that the disk refuses is skipped with a warning, and the
+    training continues to the next one.
 
     Args:
         asynchronous: return when the contents are copied to the host's memory, and write them while the training goes
@@ -43,7 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.failure: str | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: tuple[Path, Future[Exception | None]] | None = None
-        self._superseded: list[Path] = []  # to be removed when the save that is under way is whole
+        self._superseded: list[Path] = []  # to be removed when the save that is under way is complete
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Save, or begin to, when the save before has come to its end."""
@@ -71,16 +71,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if (cause := disk_error(error)) is None:
             raise error
         self.failure = f"checkpoint {path} could not be written: {cause.strerror} (errno {cause.errno})"
-        rank_zero_warn(f"{self.failure}. The training goes on to the next save: make room")
+        rank_zero_warn(f"{self.failure}. The training continues to the next save: make room")
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a file; FSDP2 loads folders itself."""
         if Path(path).is_dir():
-            raise ValueError(f"{path} is a sharded checkpoint: go on with it by --trainer.strategy fsdp2")
+            raise ValueError(f"{path} is a sharded checkpoint: resume it by --trainer.strategy fsdp2")
         return super().load_checkpoint(path, *args, **kwargs)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove one that a newer one replaces, when that is whole."""
+        """Remove one that a newer one replaces, when that is complete."""
         self._superseded.append(Path(path))
         if self._writing is None:
             self._remove_superseded()
@@ -116,7 +116,7 @@ def _on_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with partial_of(path).open("wb") as file:
@@ -152,7 +152,7 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or a folder, whole or not."""
+    """Remove a file or a folder, complete or not."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)  # several processes may
     else:

@@ -63,7 +63,7 @@ FIRST_PROCESS = "TOKENFORMER_FIRST_PROCESS"  # its pid
 QUIET = (
     ".*does not have many workers.*",  # batches are read from a memory-mapped file
     ".*WeightAveraging callback with a model that overrides.*",
-    ".*exists and is not empty.*",  # a resumed run goes on in its folder
+    ".*exists and is not empty.*",  # a run is resumed in its folder
     ".*dirpath has changed.*",  # validate and predict have run folders of their own
     ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.15
     ".*It is recommended to use `self.log.*sync_dist.*",  # the sums that it logs are over all devices already
@@ -118,7 +118,7 @@ class ArgumentParser(LightningArgumentParser):
             known = bool(near) and near[0] == key  # but not of the class that it is given to
             hint = f": not of the class that it is given to (`{key}` of a callback: the last one)" if known else ""
             message = f"unknown key {key!r}" + (hint or (f": did you mean {near[0]!r}?" if near else ""))
-        sys.stderr.write(f"error: {message}\n(`tokenformer COMMAND --help` lists all keys)\n")
+        sys.stderr.write(f"error: {message}\n(`tokenformer COMMAND --help.all` lists all keys)\n")
         self.exit(2)
 
     def _known_names(self) -> list[str]:
@@ -162,7 +162,7 @@ class ExperimentCLI(LightningCLI):
                 "checkpoint.monitor": "step",
                 "checkpoint.mode": "max",
                 "checkpoint.save_top_k": 2,
-                "checkpoint.enable_version_counter": False,  # a damaged one is replaced
+                "checkpoint.enable_version_counter": False,  # a corrupted one is replaced
                 "best.filename": "best-step-{step:08d}",
                 "best.auto_insert_metric_name": False,
                 "best.monitor": "val/loss",

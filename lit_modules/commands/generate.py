@@ -1,4 +1,4 @@
-"""Let a language model go on with texts.
+"""Continue texts with a language model.
 
 CKPT is the folder of an exported or imported model, or a checkpoint of a run, whose tokenizer is found through the
 config.yaml of the run (with EMA, the average writes). A prompt is the beginning of a document. A text ends with the

@@ -1,7 +1,7 @@
 """Append parameter tokens to a model in a file: the growth that the callback does in a running training, offline.
 
 CKPT is a checkpoint of a run (one file), or the folder of an exported model. A checkpoint's optimizer state, position
-in the data and costs are carried over, so that `tokenformer fit --ckpt_path FILE` goes on from there.
+in the data and costs are carried over, so that `tokenformer fit --ckpt_path FILE` resumes from there.
 
   tokenformer grow runs/small/20260131-120000-ab12/checkpoints/step-00002000.ckpt --factor 2 --out grown.ckpt
   tokenformer grow models/small --qkv 2140 --proj 2140 --ffn 8560 --out models/grown

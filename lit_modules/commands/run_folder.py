@@ -16,18 +16,18 @@ def resolve_run(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint that it starts from.
 
     Raises:
-        ValueError: for a folder that holds another run, and a checkpoint that is not there or not whole.
+        ValueError: for a folder that holds another run, and a checkpoint that is missing or not valid.
     """
     experiment = Path(config.trainer.default_root_dir or "runs") / config.name
     given = Path(config.run_dir) if config.run_dir else None
     if config.ckpt_path == "auto" and subcommand == "fit":
         if given is None and launch_name() is None:
-            raise ValueError("ckpt_path=auto goes on with the run in a folder, or begins it there: give --run_dir")
+            raise ValueError("ckpt_path=auto resumes the run in a folder, or starts one there: give --run_dir")
         folder = given or _new_run_dir(experiment, subcommand)
         there = list(folder.glob("checkpoints/*.ckpt"))
         checkpoint = latest_valid(there)
         if there and checkpoint is None:
-            raise ValueError(f"ckpt_path=auto: all checkpoints in {folder} are damaged: delete them to begin anew")
+            raise ValueError(f"ckpt_path=auto: all checkpoints in {folder} are corrupted: delete them to start again")
         return folder, checkpoint
     checkpoint = Path(config.ckpt_path) if config.ckpt_path else None
     if config.ckpt_path == "last":
@@ -35,18 +35,18 @@ def resolve_run(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
             given.glob("checkpoints/*.ckpt") if given else experiment.glob("*/checkpoints/*.ckpt")
         )
         if checkpoint is None:
-            raise ValueError(f"ckpt_path=last: there is no whole checkpoint in {given or experiment}")
+            raise ValueError(f"ckpt_path=last: there is no valid checkpoint in {given or experiment}")
     elif checkpoint:
         try:
             read_header(checkpoint)
         except ValueError as error:
-            raise ValueError(f"ckpt_path={error}; `last` takes the newest whole one of {experiment}") from None
+            raise ValueError(f"ckpt_path={error}; `last` takes the newest valid one of {experiment}") from None
     if checkpoint and config.ckpt_path == "last" and subcommand == "fit" and not given:
-        return checkpoint.parent.parent, checkpoint  # goes on where the run is
+        return checkpoint.parent.parent, checkpoint  # resumes in the run's own folder
     folder = given or _new_run_dir(experiment, subcommand)
     resumes = subcommand == "fit" and checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
     if (folder / "config.yaml").exists() and not resumes:
-        raise ValueError(f"run_dir={folder} holds a run already: go on with it by --ckpt_path last, or choose another")
+        raise ValueError(f"run_dir={folder} holds a run already: resume it by --ckpt_path last, or choose another")
     return folder, checkpoint
 
 

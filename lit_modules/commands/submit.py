@@ -1,4 +1,4 @@
-"""Train as a Slurm job, which goes on by itself, at the exact batch, when it is preempted or its time is up.
+"""Train as a Slurm job that requeues itself, and resumes at the exact batch, when it is preempted or out of time.
 
 The config is checked here, overrides included, and against what is asked of Slurm: one task for each device. The run's
 folder gets it as submitted.yaml, which the job reads; versions.txt with the packages that are installed; job.sh, the
@@ -81,7 +81,7 @@ def main(args: list[str]) -> None:
     if shutil.which("sbatch") is None:
         raise ValueError("there is no sbatch here: submit on a cluster's login node; --dry-run prints the script only")
     if folder.exists():
-        raise ValueError(f"--run_dir {folder} exists: choose another, or go on with it by sbatch {folder}/job.sh")
+        raise ValueError(f"--run_dir {folder} exists: choose another, or resume it by sbatch {folder}/job.sh")
     try:
         (folder / "logs").mkdir(parents=True)
     except OSError as error:
@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus-per-node", type=int, default=0, help="of each; as many tasks (default: 0)")
     parser.add_argument("--tasks-per-node", type=int, default=1, help="without GPUs: processes of each (default: 1)")
     parser.add_argument("--cpus-per-task", type=int, help="threads and data workers need some (default: the cluster's)")
-    parser.add_argument("--time", required=True, help="limit, DAYS-HOURS:MINUTES:SECONDS; the run goes on in a new one")
+    parser.add_argument("--time", required=True, help="limit, DAYS-HOURS:MINUTES:SECONDS; then the run is requeued")
     parser.add_argument("--partition", help="where to run")
     parser.add_argument("--account", help="whom to charge")
     parser.add_argument("--array", metavar="0-2", help="a run for each index, which is its seed")

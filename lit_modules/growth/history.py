@@ -19,7 +19,7 @@ def count_by_kind(counts: dict[str, int]) -> dict[str, str]:
 def write_growths(path: Path, growths: list[dict[str, Any]]) -> None:
     """A row of each growth of a model, as CSV; no file without any."""
     if not growths:
-        path.unlink(missing_ok=True)  # of growths that a run had after the checkpoint from which it goes on
+        path.unlink(missing_ok=True)  # of growths after the checkpoint from which the run is resumed
         return
     columns = [name for name in growths[0] if name not in ("asked", "new", "anneal_until")]
     with path.open("w", newline="") as file:

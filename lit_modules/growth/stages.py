@@ -133,7 +133,7 @@ def check_past(
         stages: of the run.
         saved: those that the checkpoint's run had.
         growths: its history.
-        step: where it goes on.
+        step: where it is resumed.
         tokens: training tokens until then.
 
     Raises:

@@ -39,7 +39,7 @@ class TokenFormerModule(LightningModule, ABC):
         growths: one record of each growth so far, oldest first; goes into the checkpoint.
         learning_rate: its peak and its schedule.
         old_lr_scale: rate of the parameters from before the last growth, over that of the new ones.
-        skipped: float32 (), 1 if the last optimizer step was left out since it was not finite, else 0.
+        skipped: float32 (), 1 if the last optimizer step was skipped since it was not finite, else 0.
     """
 
     config: BackboneConfig
@@ -208,7 +208,7 @@ class TokenFormerModule(LightningModule, ABC):
     ) -> None:
         """Clip by the total norm, and keep it for the log: measuring it again would be another pass.
 
-        A step that is not finite is left out. In 16-mixed that is the GradScaler's doing, and gradients may overflow
+        A step that is not finite is skipped. In 16-mixed that is the GradScaler's doing, and gradients may overflow
         while it looks for its scale: there only losses tell that something is wrong.
         """
         if gradient_clip_algorithm not in (None, "norm"):

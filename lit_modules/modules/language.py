@@ -21,7 +21,7 @@ PROBE_TOKENS = 256  # enough to see a change; a whole batch would take longer th
 
 
 class LanguageModule(TokenFormerModule):
-    """A TokenFormer (or its Transformer twin: `config.baseline`) that learns to predict the next token.
+    """A TokenFormer (or Transformer baseline: `config.baseline`) that learns to predict the next token.
 
     Logs what TokenFormerModule logs (the loss in nats a token), and `val/loss`, `val/perplexity`, `val/bits_per_byte`
     and `val/entropy` (mean entropy of the predictions, nats), over all tokens.
@@ -113,7 +113,7 @@ class LanguageModule(TokenFormerModule):
         return self._model.loss(*batch)
 
     def start_evaluation(self) -> None:
-        """Start the sums anew."""
+        """Reset the sums."""
         # Plain sums, since torchmetrics' weighted mean either leaves out NaN or forgets the weights (1.9).
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self._sums = torch.zeros(3, dtype=wide, device=self.device)  # nats, entropy, tokens

@@ -21,7 +21,7 @@ def load_model(path: Path, weights: Weights = "average") -> TokenFormerLM | Toke
         weights: of a checkpoint that has both (EMA): their average, or the weights themselves.
 
     Raises:
-        ValueError: for what is neither, is damaged, or is a timm model's.
+        ValueError: for what is neither, is corrupted, or is a timm model's.
     """
     return from_pretrained(path) if is_exported(path) else model_from_checkpoint(read_checkpoint(path), weights)
 

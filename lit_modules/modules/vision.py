@@ -29,7 +29,7 @@ PROBE_IMAGES = 16  # enough to see a change; a whole batch would take longer tha
 
 
 class VisionModule(TokenFormerModule):
-    """A TokenFormerViT, its Transformer twin (`config.baseline`) or any timm model, that learns to name images.
+    """A TokenFormerViT, Transformer baseline (`config.baseline`) or any timm model, that learns to name images.
 
     Logs what TokenFormerModule logs, and `val/loss` (cross-entropy in nats, no smoothing), `val/top1` and `val/top5`
     (shares of 1), over all images, each once; with `data.skip_unreadable` also `train/unreadable`, how many training
@@ -205,7 +205,7 @@ class VisionModule(TokenFormerModule):
         return 3 * len(images) * self._flops[images.shape[1:]]
 
     def start_evaluation(self) -> None:
-        """Start the sums anew."""
+        """Reset the sums."""
         self._top1.reset()
         self._top5.reset()
         wide = torch.float32 if self.device.type == "mps" else torch.float64

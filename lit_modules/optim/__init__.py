@@ -1,1 +1,1 @@
-"""AdamW, its parameter groups and schedules, clipping, and steps that are left out."""
+"""AdamW, its parameter groups and schedules, clipping, and steps that are skipped."""

@@ -102,7 +102,7 @@ def match_by_name(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> di
             if moment is not None and moment.shape != p.shape:
                 raise ValueError(
                     f"the checkpoint trained {name} with the shape {tuple(moment.shape)}, now it has {tuple(p.shape)}: "
-                    "a training goes on at the size that it had (sizes of the model, data.image_size)"
+                    "a run is resumed at the size that it had (sizes of the model, data.image_size)"
                 )
     now = [group["param_names"] for group in optimizer.param_groups]
     if now == [group["param_names"] for group in saved["param_groups"]]:

@@ -26,7 +26,7 @@ def skip_if_nonfinite(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.
         finite: bool (); the same on all ranks.
 
     Returns:
-        float32 (), where `finite` is: 1 if the step is left out, else 0.
+        float32 (), where `finite` is: 1 if the step is skipped, else 0.
     """
     skipped = (~finite).float()
     optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper

@@ -1,4 +1,4 @@
-"""What ends a run, told in a line or two."""
+"""What ends a run, said in a line or two."""
 
 import errno
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class RunError(RuntimeError):
-    """Something that no setting has caused; the message says what happened and how to go on."""
+    """Something that no setting has caused; the message says what happened and how to continue."""
 
 
 def explain(error: BaseException) -> str | None:
@@ -27,7 +27,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def _explain(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({text}): make room, and go on with --ckpt_path last"
+        return f"the disk is full ({text}): make room, and resume with --ckpt_path last"
     if taken := re.search(r"port: (\d+).*EADDRINUSE", text, re.DOTALL):
         return (
             f"MASTER_PORT={taken[1]}: another process of this machine listens on that port; choose a free one, or "
@@ -36,6 +36,6 @@ def _explain(error: BaseException) -> str | None:
     if worker := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (.*)", text):
         return (
             f"a process that loads data has died: worker {worker[1]} {worker[2]} Killed from outside, it is mostly the "
-            "machine's memory that ran out: lower data.num_workers. Go on with --ckpt_path last"
+            "machine's memory that ran out: lower data.num_workers. Resume with --ckpt_path last"
         )
     return None

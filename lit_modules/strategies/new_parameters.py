@@ -1,4 +1,4 @@
-"""What the ways of training on several devices need when a model grows: DDP is wrapped anew, FSDP2 shards what is new.
+"""What the ways of training on several devices need when a model grows: DDP is wrapped again, FSDP2 shards what is new.
 
 Private names of Lightning and torch that this leans on: `DistributedDataParallel._remove_autograd_hooks`,
 `DDPStrategy._pl_static_graph_delay_done`. The tests of growth in two processes cover them.

@@ -84,7 +84,7 @@ def empty_class(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("corrupt", "message"),
     [
         (shutil.rmtree, "pets': no such folder .* give digits, hf:NAME, or a folder with train/ and val/"),
         (
@@ -97,8 +97,8 @@ def empty_class(folder):
         (empty_class, r"train: no images in class folders: 1 \(cat\); fill them"),
     ],
 )
-def test_a_folder_that_is_not_as_it_should_be_is_refused(folder, damage, message):
-    damage(folder)
+def test_a_folder_that_is_not_as_it_should_be_is_refused(folder, corrupt, message):
+    corrupt(folder)
 
     def read_all():
         source = open_source(str(folder))

@@ -41,16 +41,16 @@ def test_a_second_call_reuses_the_tokens(corpus, data):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("corrupt", "message"),
     [
         (lambda folder: (folder / "metadata.json").unlink(), "has no metadata.json: it is half-written"),
-        (lambda folder: (folder / "metadata.json").write_text("{"), "metadata.json is damaged"),
+        (lambda folder: (folder / "metadata.json").write_text("{"), "metadata.json is corrupted"),
         (lambda folder: (folder / "train.bin").write_bytes(b"abc"), "has 3 bytes instead of .*half-written"),
         (lambda folder: (folder / "val.bin").unlink(), "has 0 bytes instead of"),
     ],
 )
-def test_a_half_written_folder_is_refused(corpus, data, damage, message):
-    damage(data.folder)
+def test_a_half_written_folder_is_refused(corpus, data, corrupt, message):
+    corrupt(data.folder)
 
     def use():
         data.prepare_data()

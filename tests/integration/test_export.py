@@ -121,7 +121,7 @@ def test_a_sharded_checkpoint_is_exported(corpus, tmp_path):
     sharded = checkpoint_of(tmp_path / "run", 14)
     assert sharded.is_dir()
     assert latest_valid([checkpoint_of(tmp_path / "run", 12), sharded]) == sharded
-    with pytest.raises(ValueError, match=r"a sharded checkpoint: go on with it by --trainer\.strategy fsdp2"):
+    with pytest.raises(ValueError, match=r"a sharded checkpoint: resume it by --trainer\.strategy fsdp2"):
         AtomicCheckpointIO().load_checkpoint(sharded)
     saved = contents(tmp_path / "run")
     for weights, start in (("average", "model."), ("raw", "current_model_state.model.")):
@@ -249,7 +249,7 @@ def test_what_can_not_be_imported_is_refused(tmp_path, shared_data):
         main(["import", str(tmp_path / "evil.bin"), *command])
     assert not (tmp_path / "was here").exists()
     (tmp_path / "half.bin").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"half\.bin is .*; damaged, or no file of tensors"):
+    with pytest.raises(ValueError, match=r"half\.bin is .*; corrupted, or no file of tensors"):
         main(["import", str(tmp_path / "half.bin"), *command])
     neox = str(shared_data / "tokenizer/gpt-neox-20b/tokenizer.json")
     with pytest.raises(ValueError, match="makes ids up to 50276, the model has 128"):

@@ -59,7 +59,7 @@ def process(command):
     )
 
 
-# Checkpoints that are damaged, or half there.
+# Checkpoints that are corrupted, or half there.
 
 
 def test_leftovers_of_a_killed_save_are_removed_at_the_next_start(copied):
@@ -119,7 +119,7 @@ def test_a_full_disk_costs_saves_but_no_checkpoint(finished, small_disk, until):
     assert len(rows(run, "train/loss")) == 6
 
 
-def test_a_damaged_part_of_a_sharded_checkpoint_is_seen(finished, small_disk, tmp_path):
+def test_a_corrupted_part_of_a_sharded_checkpoint_is_seen(finished, small_disk, tmp_path):
     """Saved and resumed in two processes, and on a disk that is full at a save; then one part gets a flipped byte."""
     config, _ = finished
     both = ["fit", "--config", config, "--trainer.strategy=fsdp2", "--trainer.devices=2"]
@@ -138,7 +138,7 @@ def test_a_damaged_part_of_a_sharded_checkpoint_is_seen(finished, small_disk, tm
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
     part.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"step-00000003.ckpt is passed over: its part __1_0.distcp is damaged"):
+    with pytest.warns(UserWarning, match=r"step-00000003.ckpt is passed over: its part __1_0.distcp is corrupted"):
         assert latest_valid(saved.parent.glob("*.ckpt")).name == "step-00000002.ckpt"
     part.write_bytes(content[:-1])
     assert "truncated" in find_corruption(saved)
@@ -224,7 +224,7 @@ def test_a_job_that_loses_a_process_ends_and_says_which(copied, victim):
     assert job.returncode != 0
     if victim == 1:
         assert "error: process 1 (pid" in said
-        assert "was ended by SIGKILL. Go on with --ckpt_path last" in said
+        assert "was ended by SIGKILL. Resume with --ckpt_path last" in said
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline

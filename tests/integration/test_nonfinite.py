@@ -52,7 +52,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 def test_a_step_that_is_not_finite_is_left_out(command, tmp_path, what, device, precision):
     harm = [HARM, "--trainer.callbacks.step=3", f"--trainer.callbacks.what={what}"]
     command = [*command, f"--trainer.accelerator={device}", f"--trainer.precision={precision}"]
-    with pytest.warns(UserWarning, match="step 3 are not finite: it is left out"):
+    with pytest.warns(UserWarning, match="step 3 are not finite: it is skipped"):
         main([*command, *harm, "--nonfinite.skip=1", "--run_dir", str(tmp_path / "run")])
     assert_left_out(tmp_path / "run", 3)
     assert [step for step, _ in rows(tmp_path / "run", "train/lr")] == list(range(STEPS))

@@ -145,12 +145,12 @@ def test_processes_that_resume_from_different_checkpoints_stop():
         Preemption("run", "step-1.ckpt").setup(trainer, None, "fit")
 
 
-def test_auto_needs_a_folder_and_does_not_begin_anew_over_damaged_checkpoints(corpus, tmp_path):
+def test_auto_needs_a_folder_and_does_not_begin_anew_over_corrupted_checkpoints(corpus, tmp_path):
     config = write_config(tmp_path, corpus)
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step-00000001.ckpt").write_bytes(b"half")
     with (
-        pytest.raises(ValueError, match="all checkpoints in .* are damaged"),
+        pytest.raises(ValueError, match="all checkpoints in .* are corrupted"),
         pytest.warns(UserWarning, match="passed"),
     ):
         main(["fit", "--config", str(config), "--ckpt_path=auto", "--run_dir", str(tmp_path / "run")])

@@ -79,7 +79,7 @@ def finished(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_checkpoint_is_passed_over(finished, damage):
+def test_a_corrupted_checkpoint_is_passed_over(finished, damage):
     config, run_dir = finished
     for path in (run_dir / "checkpoints").glob("*8.ckpt"):
         content = bytearray(path.read_bytes())
@@ -164,12 +164,12 @@ def test_a_truncated_checkpoint_that_was_asked_for_is_named(finished, tmp_path):
     config, run_dir = finished
     path = run_dir / "checkpoints/step-00000008.ckpt"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="step-00000008.ckpt.*truncated.*`last` takes the newest whole one"):
+    with pytest.raises(ValueError, match="step-00000008.ckpt.*truncated.*`last` takes the newest valid one"):
         main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "new"), "--ckpt_path", str(path)])
 
 
 def test_a_resumed_run_keeps_no_more_checkpoints_than_any_other(corpus, tmp_path, monkeypatch):
-    """Not the one that it went on from, nor a damaged one, nor those of a folder that was named in another way."""
+    """Not the one that it went on from, nor a corrupted one, nor those of a folder that was named in another way."""
     config = write_config(tmp_path, corpus, checkpoint={"every_n_train_steps": 2})
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"

@@ -237,7 +237,7 @@ def test_run_folders_never_collide(corpus, tmp_path, monkeypatch):
         main(["fit", "--config", str(config), "--trainer.max_steps", "3"])
     first, second = sorted((tmp_path / "runs" / "tiny").iterdir())
     assert first != second
-    with pytest.raises(ValueError, match="holds a run already: go on with it by --ckpt_path last"):
+    with pytest.raises(ValueError, match="holds a run already: resume it by --ckpt_path last"):
         main(["fit", "--config", str(config), "--run_dir", str(first)])
 
 
@@ -310,7 +310,7 @@ BAD = [
     (["--trainer.callbacks=EMA", "--trainer.precision=bf16-true"], ValueError, "use bf16-mixed"),
     (["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"], ValueError, "trainer.max_steps=-1"),
     (["--ckpt_path", "nowhere.ckpt"], ValueError, "ckpt_path=nowhere.ckpt: no such file"),
-    (["--ckpt_path", "last"], ValueError, "there is no whole checkpoint in"),
+    (["--ckpt_path", "last"], ValueError, "there is no valid checkpoint in"),
     (["--model.optim.lrr", "1"], SystemExit, "unknown key 'optim.lrr': did you mean 'lr'"),
     (["--data.sed_len", "1"], SystemExit, "unknown key 'sed_len': did you mean 'seq_len'"),
     (["--trainer.max_step", "1"], SystemExit, "unknown key 'trainer.max_step': did you mean 'trainer.max_steps'"),

@@ -93,14 +93,14 @@ def test_new_tokens_learn_from_the_first_step(init, scale):
 
 
 def test_copies_part():
-    """Twins have different gradients, else they would stay twins."""
+    """The two of a pair have different gradients, else they would stay alike."""
     for init in ("pairs", "split"):
         layer = Pattention(16, 12, 24)
         append_tokens(layer, 24, init, torch.Generator().manual_seed(1))
         layer(torch.randn(40, 16)).square().sum().backward()
         new = layer.segments[1].keys.grad
-        twins = (new[::2], new[1::2]) if init == "pairs" else (layer.segments[0].keys.grad, new)
-        assert ((twins[0] - twins[1]).norm(dim=1) > 1e-3 * twins[0].norm(dim=1)).all(), init
+        pair = (new[::2], new[1::2]) if init == "pairs" else (layer.segments[0].keys.grad, new)
+        assert ((pair[0] - pair[1]).norm(dim=1) > 1e-3 * pair[0].norm(dim=1)).all(), init
 
 
 def test_a_segment_with_its_own_norm_leaves_the_others_alone():

@@ -117,7 +117,7 @@ def test_what_is_no_exported_model_is_refused(tmp_path):
     ):
         from_pretrained(tmp_path / "lm")
     (tmp_path / "lm/config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: damaged"):
+    with pytest.raises(ValueError, match=r"config\.json: corrupted"):
         from_pretrained(tmp_path / "lm")
     (tmp_path / "lm/config.json").write_text(json.dumps(config | {"depth": 3, "transformers_version": "5"}))
     with pytest.raises(ValueError, match=r"missing tensors: backbone\.blocks\.2\."):
@@ -126,7 +126,7 @@ def test_what_is_no_exported_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="size mismatch"):
         from_pretrained(tmp_path / "lm")
     (tmp_path / "lm/model.safetensors").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match="not there, or damaged"):
+    with pytest.raises(ValueError, match="not there, or corrupted"):
         from_pretrained(tmp_path / "lm")
     with pytest.raises(ValueError, match="unknown tensors: other"):
         load_checked(language_model(), language_model().state_dict() | {"other": torch.zeros(1)}, "file")

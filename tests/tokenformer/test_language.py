@@ -22,8 +22,8 @@ VARIANTS = {
     "affine norms, learned tau": {"norm_affine": True, "scale": "learned", "init": "scaled"},
     "softmax": {"score_norm": "softmax"},
     "gelu first": {"score_norm": "gelu_l2_norm", "scale": "current"},
-    "twin of equal width": {"baseline": "width"},
-    "twin of equal parameters": {"baseline": "parameters", "norm_affine": True},
+    "baseline of equal width": {"baseline": "width"},
+    "baseline of equal parameters": {"baseline": "parameters", "norm_affine": True},
 }
 
 
@@ -205,9 +205,9 @@ def test_scaled_initialisation_gives_the_same_output_whatever_the_size(depth, di
 
 def test_twin_of_equal_parameters_has_them():
     config = LMConfig(**TINY)
-    twin = LMConfig(**TINY, baseline="parameters")
-    assert twin.num_params() == config.num_params()
-    assert LMConfig(baseline="parameters").mlp_hidden == 4 * 768  # the published 124M size is GPT-2's twin
+    baseline = LMConfig(**TINY, baseline="parameters")
+    assert baseline.num_params() == config.num_params()
+    assert LMConfig(baseline="parameters").mlp_hidden == 4 * 768  # the baseline of the published 124M size is GPT-2
 
 
 BAD_CONFIGS = [

@@ -42,8 +42,11 @@ def test_parameter_counts_of_the_registered_sizes(name, count):
 def test_every_size_is_registered():
     assert sorted(timm.list_models("tokenformer_vit_*")) == sorted(SIZES) == sorted(PUBLISHED)
     assert ViTConfig().num_params() == PUBLISHED["tokenformer_vit_base_matched_patch16_224"]
-    twin = ViTConfig(baseline="parameters")
-    assert (twin.num_params(), twin.mlp_hidden) == (86_447_848, 3072)  # its ViT is the usual one, without biases
+    baseline = ViTConfig(baseline="parameters")
+    assert (baseline.num_params(), baseline.mlp_hidden) == (
+        86_447_848,
+        3072,
+    )  # its ViT is the usual one, without biases
 
 
 def create(**arguments):

@@ -24,8 +24,8 @@ VARIANTS = {
     "affine norms, learned tau": {"norm_affine": True, "scale": "learned", "init": "scaled"},
     "rotary": {"rotary_fraction": 0.5},
     "gelu first": {"score_norm": "gelu_l2_norm", "scale": "current"},
-    "twin of equal width": {"baseline": "width"},
-    "twin of equal parameters": {"baseline": "parameters", "norm_affine": True},
+    "baseline of equal width": {"baseline": "width"},
+    "baseline of equal parameters": {"baseline": "parameters", "norm_affine": True},
 }
 
 

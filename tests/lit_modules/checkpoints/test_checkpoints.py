@@ -43,7 +43,7 @@ def test_damage_is_seen_wherever_it_is(tmp_path):
     flipped = bytearray(content)
     flipped[data.header_offset + 1000] ^= 1
     path.write_bytes(flipped)
-    assert "damaged" in find_corruption(path)
+    assert "corrupted" in find_corruption(path)
     with pytest.warns(UserWarning, match="passed over"):
         assert latest_valid([path]) is None
 

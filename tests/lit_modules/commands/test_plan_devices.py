@@ -131,6 +131,6 @@ def test_plan_scales_out_the_last_size(tmp_path):
         assert float(row["communication_seconds"]) == point.communication_seconds
         assert float(row["efficiency"]) == point.efficiency
     assert not rows
-    twin = plan(module(TINY | {"baseline": "width"}), data, run_of())
-    assert "FSDP2: fits" in twin
-    assert TOKENS not in twin
+    baseline = plan(module(TINY | {"baseline": "width"}), data, run_of())
+    assert "FSDP2: fits" in baseline
+    assert TOKENS not in baseline
