@@ -20,7 +20,8 @@ text { font: 13px system-ui, sans-serif; fill: #24292f } .small { font-size: 11p
 .a { stroke: #1f6feb; fill: none; stroke-width: 2 } .b { stroke: #8c959f; fill: none; stroke-width: 2 }
 .grid { stroke: #d0d7de; fill: none } .mark { stroke: #e08a2e; stroke-dasharray: 4 3 }
 @media (prefers-color-scheme: dark) {
-text { fill: #e6edf3 } .line { stroke: #8b949e } .grid { stroke: #30363d } .a { stroke: #58a6ff } .b { stroke: #6e7681 } }
+text { fill: #e6edf3 } .line { stroke: #8b949e } .grid { stroke: #30363d }
+.a { stroke: #58a6ff } .b { stroke: #6e7681 } }
 </style>"""
 
 
@@ -58,9 +59,9 @@ def matrix(x: float, y: float, width: float, old: int, new: int, label: str, siz
 
 
 def layer(x: float, y: float, old: int, new: int) -> list[str]:
-    """x -> scores -> weights -> out."""
+    """A layer: x, keys, what is done with the scores, values, out."""
     middle = y + 7 * (old + new)
-    total = "N + M" if new else "N"
+    total = "(N + M)" if new else "N"
     return [
         *rows(x, middle - 7, 60, 1, "data"),
         text(x + 30, middle - 17, "x", "math"),
@@ -84,7 +85,7 @@ def pattention() -> str:
     """A projection as attention to parameter tokens, and the same after a growth."""
     parts = [text(20, 24, "Pattention: a projection is attention to N learned key/value rows", "", "start")]
     parts += layer(20, 62, 5, 0)
-    parts += [text(20, 196, "Growth: M more rows. New keys are zero, so new scores and the output's change are, too", "", "start")]
+    parts += [text(20, 196, "Growth: M new rows. Their keys are zero, so the output stays as it was", "", "start")]
     parts += layer(20, 234, 5, 3)
     return svg(560, 380, "Pattention before and after a growth", parts)
 
@@ -113,7 +114,10 @@ def quickstart() -> str:
     parts = []
     for tenth in range(15, 34, 5):
         y = place(0, tenth / 10)[1]
-        parts += [f'<path class="grid" d="M{left} {y:.1f}H{right}"/>', text(left - 8, y + 4, f"{tenth / 10:.1f}", "small", "end")]
+        parts += [
+            f'<path class="grid" d="M{left} {y:.1f}H{right}"/>',
+            text(left - 8, y + 4, f"{tenth / 10:.1f}", "small", "end"),
+        ]
     for step in range(0, int(last) + 1, 100):
         parts.append(text(place(step, low)[0], bottom + 18, str(step), "small"))
     for step, before, after in growths:
@@ -124,7 +128,10 @@ def quickstart() -> str:
     names = (("a", f"grown twice, {grown[-1][1]:.2f} at the end"), ("b", f"not grown, {fixed[-1][1]:.2f}"))
     for i, (kind, name) in enumerate(names):
         parts += [f'<path class="{kind}" d="M400 {86 + 20 * i}H430"/>', text(438, 90 + 20 * i, name, "small", "start")]
-    parts += [text(left, 22, "Quickstart: training loss, nats a byte", "", "start"), text(right, bottom + 36, "optimizer steps", "small", "end")]
+    parts += [
+        text(left, 22, "Quickstart: training loss, nats a byte", "", "start"),
+        text(right, bottom + 36, "optimizer steps", "small", "end"),
+    ]
     return svg(640, 300, "The quickstart's loss with two growths, beside the same model that does not grow", parts)
 
 

@@ -6,6 +6,7 @@ Commands are parsed, with the project's own parsers, and not run: tests/integrat
 import contextlib
 import io
 import re
+import runpy
 import shlex
 
 import pytest
@@ -48,10 +49,12 @@ def shown(arguments):
     """What a command line prints before it exits with 0."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = 0
         try:
             main(arguments)
         except SystemExit as ended:
-            assert ended.code in (0, None), printed.getvalue()
+            code = ended.code
+    assert not code, printed.getvalue()
     return printed.getvalue()
 
 
@@ -66,6 +69,11 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+def test_pictures_are_what_the_script_draws():
+    for name, draw in runpy.run_path(str(ROOT / "docs/draw.py"))["PICTURES"].items():
+        assert (ROOT / "docs" / name).read_text() == draw(), f"python docs/draw.py: {name}"
 
 
 def test_every_page_is_in_the_index():
@@ -156,6 +164,7 @@ def test_keys_exist():
 
 
 def test_files_named_exist():
+    pattern = r"(?:configs|benchmarks|docs|tests)/[\w./-]+\.(?:yaml|py|md|csv|svg|png)"
     for page in PAGES:
-        for name in re.findall(r"(?:configs|benchmarks|docs|tests)/[\w./-]+\.(?:yaml|py|md|csv|svg|png)", page.read_text()):
+        for name in re.findall(pattern, page.read_text()):
             assert (ROOT / name).exists(), f"{page}: {name}"

@@ -105,6 +105,7 @@ class KillWorker(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_train_batch_end(self, trainer, *_) -> None:
+    def on_train_batch_start(self, trainer, *_) -> None:
         if trainer.global_step == self.step + 1:
             os.kill(trainer.train_dataloader._iterator._workers[0].pid, signal.SIGKILL)
+            time.sleep(30)  # the signal of its death raises here, and not between a checkpoint and its row of the log
