@@ -256,7 +256,7 @@ def test_plots_show_the_rows(tmp_path):
 
     lengths = (256, 512)
     columns = ("T", "time_ratio", "flop_ratio", "causal_flop_ratio", "length", "batch_size")
-    columns += ("cached_tokens_per_s", "twin_tokens_per_s", "uncached_tokens_per_s")
+    columns += ("cached_tokens_per_s", "baseline_tokens_per_s", "uncached_tokens_per_s")
     rows = [
         row(0.8, 0.7, 0.9, setting=f"model, {n}") | {name: str(i * n) for i, name in enumerate(columns, 1)}
         for n in lengths

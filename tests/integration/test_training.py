@@ -241,7 +241,7 @@ def test_run_folders_never_collide(corpus, tmp_path, monkeypatch):
         main(["fit", "--config", str(config), "--run_dir", str(first)])
 
 
-def test_the_twin_is_one_line_away(corpus, tmp_path):
+def test_the_baseline_is_one_line_away(corpus, tmp_path):
     config = write_config(tmp_path, corpus)
     main(["fit", "--config", str(config), "--run_dir", str(tmp_path / "r"), "--model.config.baseline", "parameters"])
     assert rows(tmp_path / "r", "val/loss")[-1][1] < rows(tmp_path / "r", "val/loss")[0][1]

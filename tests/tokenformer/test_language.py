@@ -203,7 +203,7 @@ def test_scaled_initialisation_gives_the_same_output_whatever_the_size(depth, di
         assert abs(layer(x).square().mean().sqrt() / rms - 1) < 0.15
 
 
-def test_twin_of_equal_parameters_has_them():
+def test_baseline_of_equal_parameters_has_them():
     config = LMConfig(**TINY)
     baseline = LMConfig(**TINY, baseline="parameters")
     assert baseline.num_params() == config.num_params()

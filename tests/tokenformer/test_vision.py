@@ -73,7 +73,7 @@ def with_timm_copy(request):
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 24)])
-def test_the_twin_of_equal_width_is_timms_vit(with_timm_copy, height, width):
+def test_the_baseline_of_equal_width_is_timms_vit(with_timm_copy, height, width):
     model, theirs = with_timm_copy
     x = images(model, height, width)
     assert model(x).std() > 0.1
