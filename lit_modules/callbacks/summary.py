@@ -9,10 +9,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_modules.growth.history import write_growths
+from lit_modules.runs.logs import forget_from
 
 
 class Summary(Callback):
-    """Prints the size of the model before training and a short summary after it; keeps `growth.csv` true on a resume.
+    """Prints the size of the model before training and a short summary after it; keeps logs true on a resume.
 
     Args:
         run_dir: the run's folder.
@@ -30,6 +31,9 @@ class Summary(Callback):
         rank_zero_info(f"{sizes[0]:,} parameters{part}, run folder {self.run_dir}")
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_growths(Path(self.run_dir) / "growth.csv", pl_module.growths)  # type: ignore[arg-type]
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    forget_from(logger, trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics

@@ -5,14 +5,25 @@ from pathlib import Path
 
 from lightning import Trainer
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 
 def is_log_step(trainer: Trainer) -> bool:
     """Whether Lightning writes what is logged at the end of this optimizer step."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and trainer.global_step % every == 0
+
+
+def forget_from(logger: TensorBoardLogger, step: int) -> None:
+    """Tell TensorBoard that a run goes on at this step: what an older file has of later ones is not shown.
+
+    This is what `SummaryWriter(purge_step=...)` writes; Lightning makes its writer before it reads a checkpoint.
+    """
+    writer = logger.experiment._get_file_writer()
+    writer.add_event(Event(step=step, file_version="brain.Event:2"))
+    writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
 
 class ResumableCSVLogger(CSVLogger):

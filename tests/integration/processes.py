@@ -38,10 +38,8 @@ class Group:
 
     def __init__(self, num_processes: int) -> None:
         self.folder, self.size, self.jobs = Path(tempfile.mkdtemp()), num_processes, 0
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        world = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+        world = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0"}
+        world["MASTER_PORT"] = free_port()
         parent = the_parent()
         parent.stdin.write(json.dumps({"folder": str(self.folder), "size": num_processes, "world": world}) + "\n")
         parent.stdin.flush()
@@ -71,6 +69,12 @@ class Group:
             if Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def the_parent() -> subprocess.Popen:
@@ -110,11 +114,13 @@ def fork(folder: Path, rank: int, world: dict[str, str]) -> None:
 
 
 def run_jobs(folder: Path, rank: int) -> None:
+    import torch
     from lightning.pytorch.utilities import rank_zero_only
 
     from lit_modules.cli import main as tokenformer
 
     rank_zero_only.rank = rank  # which it takes from the environment when it is imported
+    torch.set_num_threads(1)  # makes the pool of threads anew; two threads at once would end the process
     for number in count(1):
         job = folder / f"{number}.json"
         while not job.exists():
