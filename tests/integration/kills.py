@@ -73,7 +73,7 @@ class Job:
         self.began = time.monotonic()
 
     def wait(self, seconds: float) -> bool:
-        """Whether all have ended by then. One that fails takes the others with it, after a moment to end by themselves."""
+        """Whether all have ended by then. One that fails takes the others with it, a moment later."""
         end, grace = time.monotonic() + seconds, None
         while self.running:
             for rank, pid in [*self.running.items()]:

@@ -227,6 +227,18 @@ def test_strategies_and_numbers_of_processes_agree(in_two_processes, corpus, tmp
         assert difference(one, tmp_path / run) < 1e-5, run
 
 
+def test_a_chain_of_strategies_ends_as_one_process(in_two_processes, corpus, tmp_path):
+    """DDP to step 4, one process to 8, FSDP2 to 12, one process to 14: it grows in the second and in the third."""
+    folder, second, third, fourth = in_two_processes, *(tmp_path / name for name in ("second", "third", "fourth"))
+    one, config = one_process(corpus, folder), folder / "one-config/tiny.yaml"
+    main(fit(config, second, resume=checkpoint_of(folder / "ddp/whole", 4)))
+    run_in_processes([fit(config, third, *FULL, *saving(every=2), resume=checkpoint_of(second, 8))])
+    main(fit(config, fourth, resume=checkpoint_of(third, 12)))
+    assert difference(one, fourth) < 1e-5
+    assert [row["step"] for row in csv.DictReader((fourth / "growth.csv").open())] == ["6", "10"]
+    assert dict(rows(fourth, "train/loss")) == pytest.approx(dict(rows(one, "train/loss")[12:]), rel=1e-6)
+
+
 @pytest.mark.parametrize("average", [False, True])
 def test_processes_that_differ_are_stopped(corpus, tmp_path, average):
     config = config_of(tmp_path, corpus, init="pairs")
