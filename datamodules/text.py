@@ -44,7 +44,7 @@ class TextDataModule(StreamDataModule):
         streaming: read a Hugging Face dataset without downloading it first.
         cache_dir: token files go into a folder of their own in here.
         num_workers: processes that load batches; 0 is enough unless the disk is slow.
-        num_processes: processes that tokenize. Default: one a core.
+        num_processes: cores that tokenize, a thread each. Default: all of them.
         seed: of the order of samples.
         predict_file: a text file for `tokenformer predict`.
 
@@ -139,7 +139,7 @@ class TextDataModule(StreamDataModule):
             self.tokenizer_name,
             bpe_vocab_size=self.bpe_vocab_size,
             val_fraction=self.val_fraction,
-            num_processes=self.num_processes,
+            num_threads=self.num_processes,
         )
 
     def setup(self, stage: str) -> None:

@@ -11,12 +11,11 @@ import os
 import shutil
 import tempfile
 import warnings
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +27,8 @@ from datamodules.sources import Source
 from datamodules.tokenizer import JSONTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 FORMAT = 1
-BATCH_CHARACTERS = 2**20  # text that one process encodes at a time
+BATCH_CHARACTERS = 2**20  # text that one thread encodes at a time
+PARALLELISM = "TOKENIZERS_PARALLELISM"  # whether the tokenizers package starts threads of its own
 SAMPLED_BLOCKS, SAMPLED_BLOCK = 64, 2**12  # of a fingerprint; tokens
 
 
@@ -110,7 +110,7 @@ def prepare(
     *,
     bpe_vocab_size: int,
     val_fraction: float,
-    num_processes: int,
+    num_threads: int,
 ) -> None:
     """Tokenize sources into a token folder, or check that the folder there was made from them.
 
@@ -122,7 +122,7 @@ def prepare(
         tokenizer_name: see :func:`load_tokenizer`; `bpe` trains one on the training documents.
         bpe_vocab_size: its size.
         val_fraction: share of documents to hold out when there is no `val` source.
-        num_processes: processes that encode.
+        num_threads: threads that encode.
 
     Raises:
         ValueError: when the folder is half-written or was made from something else, or a split would be empty.
@@ -146,7 +146,7 @@ def prepare(
         warnings.warn(f"unless another process is writing them, delete what it left: {leftovers}", stacklevel=2)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
-        _write(partial, sources, tokenizer_name, bpe_vocab_size, held_out, num_processes, recipe)
+        _write(partial, sources, tokenizer_name, bpe_vocab_size, held_out, num_threads, recipe)
         try:
             partial.rename(folder)
         except OSError:  # another run was faster; its folder was made from the same recipe or is refused
@@ -156,7 +156,7 @@ def prepare(
                 tokenizer_name,
                 bpe_vocab_size=bpe_vocab_size,
                 val_fraction=val_fraction,
-                num_processes=num_processes,
+                num_threads=num_threads,
             )
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -168,7 +168,7 @@ def _write(
     tokenizer_name: str,
     bpe_vocab_size: int,
     held_out: float,
-    num_processes: int,
+    num_threads: int,
     recipe: dict[str, Any],
 ) -> None:
     if tokenizer_name == "bpe":
@@ -178,7 +178,6 @@ def _write(
         tokenizer = load_tokenizer(tokenizer_name)
     if isinstance(tokenizer, JSONTokenizer):
         tokenizer.save(folder / "tokenizer.json")
-        tokenizer_name = str(folder / "tokenizer.json")
 
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     names = ["train", "val", *(["test"] if "test" in sources else [])]
@@ -186,7 +185,7 @@ def _write(
     files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in names}
     batches = _batches(_documents(sources, held_out))
     with tqdm(desc="tokenizing", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
-        for name, num_documents, num_bytes, ids in _encode_all(batches, tokenizer_name, dtype, num_processes):
+        for name, num_documents, num_bytes, ids in _encode_all(batches, tokenizer, dtype, num_threads):
             files[name].write(ids)
             counts = splits[name]
             counts.tokens += len(ids) // dtype.itemsize
@@ -256,39 +255,35 @@ Encoded = tuple[str, int, int, bytes]  # split, documents, bytes of text, ids
 
 
 def _encode_all(
-    batches: Iterator[tuple[str, list[str]]], tokenizer_name: str, dtype: np.dtype[Any], num_processes: int
+    batches: Iterable[tuple[str, list[str]]], tokenizer: Tokenizer, dtype: np.dtype[Any], num_threads: int
 ) -> Iterator[Encoded]:
-    """Encode batches, in order; a few batches per process are under way at a time, so that memory stays bounded."""
-    first = list(islice(batches, 4))
-    if num_processes == 1 or len(first) < 4:  # starting processes would take longer
-        _start_worker(tokenizer_name, dtype)
-        for batch in [*first, *batches]:
-            yield _encode(*batch)
-        return
-    with ProcessPoolExecutor(num_processes, get_context("spawn"), _start_worker, (tokenizer_name, dtype)) as pool:
-        under_way = deque(pool.submit(_encode, *batch) for batch in first)
+    """Encode batches, in order; a few batches per thread are under way at a time, so that memory stays bounded.
+
+    Threads, since new processes would run the caller's script again; a `tokenizer.json` is obeyed outside of Python.
+    """
+    pool = ThreadPoolExecutor(num_threads)
+    under_way: deque[Future[Encoded]] = deque()
+    before = os.environ.get(PARALLELISM)
+    os.environ[PARALLELISM] = "false"  # one thread a core already
+    try:
         for batch in batches:
-            if len(under_way) >= 4 * num_processes:
+            if len(under_way) >= 4 * num_threads:
                 yield under_way.popleft().result()
-            under_way.append(pool.submit(_encode, *batch))
+            under_way.append(pool.submit(_encode, tokenizer, dtype, *batch))
         while under_way:
             yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if before is None:
+            del os.environ[PARALLELISM]
+        else:
+            os.environ[PARALLELISM] = before
 
 
-_worker: tuple[Tokenizer, np.dtype[Any]]
-
-
-def _start_worker(tokenizer_name: str, dtype: np.dtype[Any]) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
-    _worker = load_tokenizer(tokenizer_name), dtype
-
-
-def _encode(split: str, texts: list[str]) -> Encoded:
-    tokenizer, dtype = _worker
-    ids: list[int] = []
+def _encode(tokenizer: Tokenizer, dtype: np.dtype[Any], split: str, texts: list[str]) -> Encoded:
+    ids = array(dtype.char)  # takes lists in half of numpy's time, in which no other thread can work
     for encoded in tokenizer.encode_batch(texts):
-        ids += encoded
+        ids.fromlist(encoded)
         ids.append(tokenizer.end_of_text)
     num_bytes = sum(len(text.encode()) for text in texts)
-    return split, len(texts), num_bytes, np.array(ids, dtype=dtype).tobytes()
+    return split, len(texts), num_bytes, np.asarray(ids).astype(dtype).tobytes()

@@ -1,6 +1,7 @@
 """Token folders: what is held out, what is reused, what is refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -98,14 +99,25 @@ def test_an_interrupted_preparation_leaves_nothing_behind(corpus, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_processes_write_the_same_file(corpus, tmp_path, monkeypatch):
+def test_any_number_of_cores_writes_the_same_file_without_new_processes(corpus, tmp_path, monkeypatch):
+    """New processes would run a script again that calls this without `if __name__ == "__main__"`, or a notebook."""
+
+    def start(process):
+        raise RuntimeError("a new process was started")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", start)
     monkeypatch.setattr("datamodules.tokens.BATCH_CHARACTERS", 1000)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
     files = []
-    for processes in (1, 2):
-        data = module(corpus, tmp_path / str(processes), num_processes=processes)
+    for cores in (1, 3):
+        data = module(corpus, tmp_path / str(cores), num_processes=cores, tokenizer="bpe", bpe_vocab_size=300)
         data.prepare_data()
+        data.setup("fit")
         files.append((data.folder / "train.bin").read_bytes())
+        texts = documents_of(data.train.ids, data.tokenizer) + documents_of(data.val.ids, data.tokenizer)
+        assert sorted(texts) == sorted(corpus[1])
     assert files[0] == files[1]
+    assert "TOKENIZERS_PARALLELISM" not in os.environ  # the caller's own
 
 
 def test_token_files_can_be_large_ids(tmp_path):
