@@ -38,7 +38,8 @@ class TextDataModule(StreamDataModule):
         bpe_vocab_size: size of the vocabulary that `bpe` trains.
         seq_len: tokens of a training sequence, T.
         batch_size: sequences of a batch on each device, B.
-        val_fraction: share of the documents to hold out when there is no validation split.
+        val_fraction: share of the documents to hold out when there is no validation split; of a single one, as of a
+            single .txt file, that share of its text, the end.
         text_field: column with the text in .jsonl, .parquet and Hugging Face rows.
         document_separator: string between the documents of a .txt file. Default: a file is one document.
         streaming: read a Hugging Face dataset without downloading it first.

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from datamodules.sources import Source
+from datamodules.splits import documents_of, too_few
 from datamodules.tokenizer import JSONTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 FORMAT = 1
@@ -114,14 +116,15 @@ def prepare(
 ) -> None:
     """Tokenize sources into a token folder, or check that the folder there was made from them.
 
-    Without a `val` source, documents are held out by the hash of their text: the same text is never on both sides.
+    Without a `val` source, documents are held out by the hash of their text: the same text is never on both sides. Where
+    they are too few for that (one file, as most begin), the end of each one's text is.
 
     Args:
         folder: where the tokens go.
         sources: `train`, and if there are any `val` and `test`.
         tokenizer_name: see :func:`load_tokenizer`; `bpe` trains one on the training documents.
         bpe_vocab_size: its size.
-        val_fraction: share of documents to hold out when there is no `val` source.
+        val_fraction: share of the documents, or of their text, to hold out when there is no `val` source.
         num_threads: threads that encode.
 
     Raises:
@@ -171,8 +174,11 @@ def _write(
     num_threads: int,
     recipe: dict[str, Any],
 ) -> None:
+    ends = bool(held_out) and too_few(sources, held_out)
+    if ends:
+        rank_zero_info(f"too few documents to hold any out: the last {held_out:.3g} of each one's text is validation data")
     if tokenizer_name == "bpe":
-        training = (text for split, text in _documents(sources, held_out) if split == "train")
+        training = (text for split, text in documents_of(sources, held_out, ends) if split == "train")
         tokenizer: Tokenizer = train_bpe(training, bpe_vocab_size)
     else:
         tokenizer = load_tokenizer(tokenizer_name)
@@ -183,7 +189,7 @@ def _write(
     names = ["train", "val", *(["test"] if "test" in sources else [])]
     splits = {name: Split() for name in names}
     files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in names}
-    batches = _batches(_documents(sources, held_out))
+    batches = _batches(documents_of(sources, held_out, ends))
     with tqdm(desc="tokenizing", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
         for name, num_documents, num_bytes, ids in _encode_all(batches, tokenizer, dtype, num_threads):
             files[name].write(ids)
@@ -199,11 +205,6 @@ def _write(
 
     total = sum(counts.documents for counts in splits.values())
     for name, counts in splits.items():
-        if counts.documents == 0 and name == "val" and "val" not in sources:
-            raise ValueError(
-                f"data.val_fraction={held_out} of {total} documents leaves none for validation: give data.val_source, "
-                "a larger data.val_fraction, or data.document_separator if a .txt file holds several documents"
-            )
         if counts.documents == 0:
             raise ValueError(
                 f"the {name} split is empty"
@@ -220,22 +221,6 @@ def _write(
         "recipe": recipe,
     }
     (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-
-
-def _documents(sources: dict[str, Source], held_out: float) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document that has any text."""
-    for name, source in sources.items():
-        for text in source.documents():
-            if not text.isascii():  # half of a surrogate pair is no text: JSON can hold it, UTF-8 and tokenizers can't
-                text = text.encode("utf-8", errors="replace").decode("utf-8")
-            if text.strip():
-                yield "val" if name == "train" and _hash(text) < held_out else name, text
-
-
-def _hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
 
 
 def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:

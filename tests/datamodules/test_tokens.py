@@ -33,6 +33,24 @@ def test_equal_texts_are_held_out_together(tmp_path):
     assert len(train | val) == 30
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+@pytest.mark.parametrize("fraction", [0.1, 0.9])  # by its hash, the one document would be in one split or in the other
+def test_of_one_text_the_end_is_held_out(tmp_path, caplog, fraction, tokenizer):
+    text = "".join(f"line {i}\n" for i in range(1000))
+    (tmp_path / "input.txt").write_text(text + "\n" * 500)  # nothing to learn there
+    changes = {"tokenizer": tokenizer, "bpe_vocab_size": 270, "val_fraction": fraction}
+    data = module((tmp_path / "input.txt",), tmp_path / "cache", **changes)
+    with caplog.at_level("INFO"):
+        data.prepare_data()
+    data.setup("fit")
+    (train,), (val,) = (documents_of(file.ids, data.tokenizer) for file in (data.train, data.val))
+    assert train + val == text + "\n" * 500
+    assert len(val.rstrip()) == round(fraction * len(text.rstrip()))
+    assert caplog.messages == [
+        f"too few documents to hold any out: the last {fraction} of each one's text is validation data"
+    ]
+
+
 def test_a_second_call_reuses_the_tokens(corpus, data):
     file = data.folder / "train.bin"
     before = file.stat().st_mtime_ns
