@@ -7,7 +7,7 @@ from datamodules.sources import Source
 
 
 def documents_of(sources: dict[str, Source], held_out: float, ends: bool = False) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document that has any text; with `ends`, its end is held out in place of some documents."""
+    """(split, text) of every document that has any text; with `ends`, its end is held out, not some documents."""
     for name, source in sources.items():
         for text in source.documents():
             if not text.isascii():  # half of a surrogate pair is no text: JSON can hold it, UTF-8 and tokenizers can't
@@ -17,7 +17,9 @@ def documents_of(sources: dict[str, Source], held_out: float, ends: bool = False
             if name == "train" and ends:
                 length = len(text.rstrip())
                 cut = length - max(1, round(length * held_out))
-                yield from ((split, part) for split, part in (("train", text[:cut]), ("val", text[cut:])) if part.strip())
+                yield from (
+                    (split, part) for split, part in (("train", text[:cut]), ("val", text[cut:])) if part.strip()
+                )
             else:
                 yield "val" if name == "train" and _hash(text) < held_out else name, text
 

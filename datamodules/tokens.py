@@ -97,11 +97,16 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             "delete it and run `tokenformer prepare` again"
         )
     try:
-        metadata = json.loads(path.read_text())
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"{path} has format {metadata['format']}, not {FORMAT}: delete {folder} and prepare again")
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        if (found := metadata["format"]) == FORMAT:
+            np.dtype(metadata["dtype"])
+            metadata.setdefault("recipe", {}).keys()
+            for split in metadata["splits"].values():
+                Split(**split)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is corrupted: delete {folder} and run `tokenformer prepare` again") from error
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found}, not {FORMAT}: delete {folder} and prepare again")
     return dict(metadata)
 
 
@@ -116,8 +121,8 @@ def prepare(
 ) -> None:
     """Tokenize sources into a token folder, or check that the folder there was made from them.
 
-    Without a `val` source, documents are held out by the hash of their text: the same text is never on both sides. Where
-    they are too few for that (one file, as most begin), the end of each one's text is.
+    Without a `val` source, documents are held out by the hash of their text: the same text is never on both sides.
+    Where they are too few for that (one file, as most begin), the end of each one's text is.
 
     Args:
         folder: where the tokens go.
@@ -176,7 +181,9 @@ def _write(
 ) -> None:
     ends = bool(held_out) and too_few(sources, held_out)
     if ends:
-        rank_zero_info(f"too few documents to hold any out: the last {held_out:.3g} of each one's text is validation data")
+        rank_zero_info(
+            f"too few documents to hold any out: the last {held_out:.3g} of each one's text is validation data"
+        )
     if tokenizer_name == "bpe":
         training = (text for split, text in documents_of(sources, held_out, ends) if split == "train")
         tokenizer: Tokenizer = train_bpe(training, bpe_vocab_size)

@@ -59,11 +59,23 @@ def test_a_second_call_reuses_the_tokens(corpus, data):
     assert [path.name for path in data.folder.parent.iterdir()] == [data.folder.name]  # no rubbish
 
 
+def edit(folder, **changes):
+    path = folder / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize(
     ("corrupt", "message"),
     [
         (lambda folder: (folder / "metadata.json").unlink(), "has no metadata.json: it is half-written"),
-        (lambda folder: (folder / "metadata.json").write_text("{"), "metadata.json is corrupted"),
+        (lambda folder: (folder / "metadata.json").write_text("{"), "metadata.json is corrupted: delete"),
+        (lambda folder: (folder / "metadata.json").write_bytes(b"\xff"), "metadata.json is corrupted: delete"),
+        (lambda folder: (folder / "metadata.json").write_text("[]"), "metadata.json is corrupted: delete"),
+        (lambda folder: edit(folder, format=2), "metadata.json has format 2, not 1: delete"),
+        (lambda folder: edit(folder, dtype="uint17"), "metadata.json is corrupted: delete"),
+        (lambda folder: edit(folder, splits={"train": {"token": 1}}), "metadata.json is corrupted: delete"),
+        (lambda folder: edit(folder, splits={}), "has no split"),
+        (lambda folder: edit(folder, recipe=None), "metadata.json is corrupted: delete"),
         (lambda folder: (folder / "train.bin").write_bytes(b"abc"), "has 3 bytes instead of .*half-written"),
         (lambda folder: (folder / "val.bin").unlink(), "has 0 bytes instead of"),
     ],
