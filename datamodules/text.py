@@ -38,7 +38,7 @@ class TextDataModule(StreamDataModule):
             `val_fraction` of the documents of `source`.
         test_source: test documents. Default: the dataset's own test split; without one, `test` runs on validation.
         tokenizer: bytes, the path of a tokenizer.json, hub:NAME, or bpe (trained on the corpus).
-        bpe_vocab_size: size of the vocabulary that `bpe` trains.
+        bpe_vocab_size: size of the vocabulary that `bpe` trains; a small text gives a smaller one.
         seq_len: tokens of a training sequence, T.
         batch_size: sequences of a batch on each device, B.
         val_fraction: share of the documents to hold out when there is no validation split; of a single one, as of a
@@ -100,8 +100,9 @@ class TextDataModule(StreamDataModule):
         self.cache_dir, self.num_workers, self.seed = Path(cache_dir), num_workers, seed
         self.num_processes = num_processes or os.cpu_count() or 1
         self.predict_file = predict_file
-        # Known before anything is read, since the model's embedding is built from it.
-        self.vocab_size = bpe_vocab_size if tokenizer == "bpe" else self.tokenizer.vocab_size
+        # Before anything is read; a small text gives fewer, which `setup` knows.
+        self.asked_vocab_size = bpe_vocab_size if tokenizer == "bpe" else self.tokenizer.vocab_size
+        self.vocab_size = self.asked_vocab_size
 
     @property
     def tokens_per_batch(self) -> int:
@@ -159,7 +160,9 @@ class TextDataModule(StreamDataModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Open the token files and check that they are long enough."""
+        """Open the token files and check that they are long enough; `vocab_size` is the tokenizer's from here on."""
+        if self.tokenizer_name == "bpe" and read_metadata(self.folder).get("whole_vocab"):
+            self.vocab_size = self.tokenizer.vocab_size
         if stage == "predict":
             self.predict_ids = self._encode_predict_file()
             return

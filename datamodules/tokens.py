@@ -221,6 +221,7 @@ def _write(
         "format": FORMAT,
         "dtype": dtype.name,
         "vocab_size": tokenizer.vocab_size,
+        "whole_vocab": True,  # of older folders the model has data.bpe_vocab_size, though the tokenizer has fewer
         "end_of_text": tokenizer.end_of_text,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "splits": {name: asdict(counts) for name, counts in splits.items()},

@@ -1,6 +1,5 @@
 """What a user sees of a mistake: the message that names the file, the place and the remedy, not one from inside."""
 
-import json
 import sys
 
 import pytest
@@ -66,20 +65,3 @@ def test_the_stage_that_can_not_be_done_is_named(corpus, tmp_path, said):
 def test_what_a_class_says_of_its_arguments_comes_without_the_parser_s_frame(corpus, tmp_path, said):
     config = write_config(tmp_path, corpus)
     assert said("fit", "--config", config, "--data.batch_size=0") == "error: data.batch_size=0: must be at least 1"
-
-
-def test_a_file_of_another_encoding_and_a_separator_from_the_command_line(tmp_path, corpus):
-    texts = [f"Café n° {i}\nau lait" for i in range(100)]
-    (tmp_path / "text.txt").write_text("\n\n".join(texts), encoding="cp1252")
-    config = write_config(tmp_path, corpus)
-    data = [
-        f"--data.cache_dir={tmp_path}/cache",
-        f"--data.source={tmp_path}/text.txt",
-        "--data.encoding=cp1252",
-        r"--data.document_separator=\n\n",
-    ]
-    main(["prepare", "--config", str(config), *data])
-    (metadata,) = tmp_path.rglob("metadata.json")
-    splits = json.loads(metadata.read_text())["splits"]
-    assert sum(split["documents"] for split in splits.values()) == 100
-    assert sum(split["bytes"] for split in splits.values()) == sum(len(text.encode()) for text in texts)
