@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from lit_modules.cli import console, main
+from lit_modules.commands.tokenizers import tokenizer_of
 from tests.integration.test_training import write_config
 
 
@@ -65,3 +66,11 @@ def test_the_stage_that_can_not_be_done_is_named(corpus, tmp_path, said):
 def test_what_a_class_says_of_its_arguments_comes_without_the_parser_s_frame(corpus, tmp_path, said):
     config = write_config(tmp_path, corpus)
     assert said("fit", "--config", config, "--data.batch_size=0") == "error: data.batch_size=0: must be at least 1"
+
+
+def test_a_damaged_config_of_a_run_is_named(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for damaged in (b"model: [", b"\xff", b"", b"text"):
+        (tmp_path / "config.yaml").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"config\.yaml: damaged, it is no YAML of a run: restore it"):
+            tokenizer_of(tmp_path / "checkpoints/step-00000001.ckpt")
