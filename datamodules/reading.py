@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 COMPRESSED = (".gz", ".zst")
-REMEDY = "set data.encoding to the file's (cp1252, latin-1, ...), or save it as UTF-8"
+REMEDY = "set data.encoding to the file's (utf-16, cp1252, latin-1, ...), or save it as UTF-8"
 
 
 def read_text(path: Path, encoding: str = "utf-8", remedy: str = REMEDY) -> str:
@@ -34,7 +34,7 @@ def opened(path: Path, encoding: str = "utf-8", remedy: str = REMEDY) -> Iterato
         with _binary(path) as file:
             looks = _wide(file.read(4096))
         if looks and not name.startswith(looks[:6]):
-            raise ValueError(f"{path}: is {looks.upper()} text, not {name.upper()}: {remedy.replace('cp1252', looks)}")
+            raise ValueError(f"{path}: is {looks.upper()} text, not {name.upper()}: {remedy}")
         with TextIOWrapper(_binary(path), "utf-8-sig" if name == "utf-8" else encoding) as text:
             yield text
     except UnicodeError as error:
@@ -62,7 +62,9 @@ def _wide(start: bytes) -> str | None:
 
 
 def _line(path: Path, encoding: str) -> str:
-    """The number of the first line that can't be decoded, and what is there."""
+    """The number of the first line that can't be decoded, and what is there; of UTF-16 and 32, nothing."""
+    if encoding.startswith(("utf-16", "utf-32")):
+        return ""
     with TextIOWrapper(_binary(path), "latin-1", newline="\n") as lines:  # a character is a byte
         for number, line in enumerate(lines, 1):
             try:

@@ -48,6 +48,9 @@ class FileSource:
     def __init__(self, patterns: list[str], form: TextFormat) -> None:
         self.form, self.name = form, ", ".join(patterns)
         self.files = [path for pattern in patterns for path in _files(pattern)]
+        for path in self.files:
+            if not path.is_file():
+                raise ValueError(f"data source {path}: is a link to a file that is not there")
 
     def documents(self) -> Iterator[str]:
         """The text of each document."""
@@ -106,7 +109,7 @@ def _files(pattern: str) -> list[Path]:
     if path.is_dir():
         return _files_in(path)
     found = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-    found = [path for path in found if path.is_file()]
+    found = [path for path in found if not path.is_dir()]
     if not found:
         raise ValueError(f"data source {pattern!r}: no such file (in {Path.cwd()})")
     for path in found:
@@ -117,13 +120,13 @@ def _files(pattern: str) -> list[Path]:
 
 def _files_in(folder: Path) -> list[Path]:
     """The text files in a folder and in those below it. What lies there besides is counted in a warning."""
-    below = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+    below = sorted(path for path in folder.rglob("[!.]*") if not path.is_dir())
     below = [path for path in below if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     found = [path for path in below if _kind(path) in KINDS]
-    if not found or any(path.name in SAVED_DATASET for path in below):
-        raise ValueError(
-            f"data source {folder}: this folder has no {ENDINGS} files; a Hugging Face dataset is given as hf:{folder}"
-        )
+    if any(path.name in SAVED_DATASET for path in below):
+        raise ValueError(f"data source {folder}: is a Hugging Face dataset: give it as hf:{folder}")
+    if not found:
+        raise ValueError(f"data source {folder}: this folder has no {ENDINGS} files")
     parts = ((part, path) for path in found for part in path.relative_to(folder).parts)
     splits = {word[0]: path for part, path in parts if (word := re.match("[a-z]+", part.lower()))}
     if "train" in splits and (others := [splits[word] for word in HELD_OUT_NAMES if word in splits]):
@@ -131,7 +134,7 @@ def _files_in(folder: Path) -> list[Path]:
             f"data source {folder}: not all of its files are for training, as {others[0]}: give data.source and "
             f"data.val_source as globs, for example {folder}/**/train*, or hf:{folder}"
         )
-    if left_out := Counter(path.suffix or path.name for path in below if path not in set(found)):
+    if left_out := Counter(path.suffix or path.name for path in below if _kind(path) not in KINDS):
         shown = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common(5))
         warnings.warn(f"data source {folder}: {left_out.total()} files are left out ({shown})", stacklevel=2)
     return found

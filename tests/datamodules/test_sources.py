@@ -91,14 +91,17 @@ BAD_SOURCES = [
     ("{tmp}/list.jsonl", r"list\.jsonl:1: holds \['a'\], not an object with the text in 'text'"),
     ("{tmp}/latin.jsonl", r"latin\.jsonl:3, b'.*caf\\xe9.*': is no UTF-8 text: set data\.encoding .*cp1252, latin-1"),
     ("{tmp}/latin.txt", r"latin\.txt:2, b'caf\\xe9 au lait\\n': is no UTF-8 text: set data\.encoding"),
-    ("{tmp}/utf-16.txt", "utf-16.txt: is UTF-16 text, not UTF-8: set data.encoding to the file's .utf-16, latin-1"),
-    ("{tmp}/utf-16-be.txt", "utf-16-be.txt: is UTF-16-BE text, not UTF-8: set data.encoding .*utf-16-be"),
-    ("{tmp}/utf-32.jsonl", "utf-32.jsonl: is UTF-32 text, not UTF-8: set data.encoding .*utf-32"),
+    ("{tmp}/utf-16.txt", "utf-16.txt: is UTF-16 text, not UTF-8: set data.encoding to the file's .utf-16, cp1252"),
+    ("{tmp}/utf-16-be.txt", "utf-16-be.txt: is UTF-16-BE text, not UTF-8: set data.encoding"),
+    ("{tmp}/utf-32.jsonl", "utf-32.jsonl: is UTF-32 text, not UTF-8: set data.encoding"),
     ("{tmp}/cut.txt.gz", "cut.txt.gz: can't be read, or is damaged: Truncated"),
     ("{tmp}/cut.jsonl.zst", "cut.jsonl.zst: can't be read, or is damaged: Truncated"),
     ("{tmp}/plain.txt.gz", "plain.txt.gz: can't be read, or is damaged"),
     ("{tmp}/plain.tar.gz", r"ends in '\.gz'; give"),
-    ("{tmp}/saved", "saved: this folder has no .*; a Hugging Face dataset is given as hf:"),
+    ("{tmp}/saved", "saved: is a Hugging Face dataset: give it as hf:"),
+    ("{tmp}/empty", "empty: this folder has no .txt, .*files"),
+    ("{tmp}/link.*", "link.txt: is a link to a file that is not there"),
+    ("{tmp}/links", "link.txt: is a link to a file that is not there"),
     (
         "{tmp}/broken.jsonl",
         r"broken\.jsonl:2: not JSON \(Expecting value at column 10\): .*; each line .* is a JSON object: mend",
@@ -130,6 +133,10 @@ def test_bad_sources_are_refused(tmp_path, spec, message):
     rows.to_parquet(tmp_path / "null.parquet")
     rows.rename_column("text", "body").to_parquet(tmp_path / "other.parquet")
     rows.save_to_disk(str(tmp_path / "saved"))
+    for folder in ("empty", "links"):
+        (tmp_path / folder).mkdir()
+    for link in ("link.txt", "links/link.txt"):
+        (tmp_path / link).symlink_to(tmp_path / "nothing.txt")
     (tmp_path / "letter.txt").write_text("a")
     data = TextDataModule(spec.replace("{tmp}", str(tmp_path)), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=message):
@@ -153,6 +160,15 @@ def test_every_encoding_is_read_compressed_or_not(tmp_path, ending, encoding):
     (tmp_path / f"a.{ending}").write_bytes(content)
     form = {} if encoding.startswith("utf-8") else {"encoding": encoding}
     assert texts_of(str(tmp_path / f"a.{ending}"), document_separator="\n--\n", **form) == texts
+
+
+@pytest.mark.parametrize("content", [b"a text of even length.", b"one of an odd length", b"caf\xe9"])
+def test_the_encoding_that_is_set_is_not_guessed_over(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match="a.txt: is no UTF-16 text: set data.encoding"):
+        texts_of(str(tmp_path / "a.txt"), encoding="utf-16")
+    for encoding in ("latin-1", "cp1252"):
+        assert texts_of(str(tmp_path / "a.txt"), encoding=encoding) == [content.decode("latin-1")]
 
 
 def test_a_folder_is_all_of_its_text_files(tmp_path):
