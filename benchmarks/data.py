@@ -3,20 +3,17 @@
     python -m benchmarks.data [--rounds 5] [--device cpu]
 
 Text: the standard library's, twelve times over; the tokenizer is a BPE of 8192 trained on it. Tokenization is all of
-`prepare` (reading, encoding in one process a core, writing), against the tokenizers package's own batch encoding of the
+`prepare` (reading, encoding in one thread a core, writing), against the tokenizers package's own batch encoding of the
 same documents, already in memory, in as many threads. The loader against random windows of the same file, stacked.
 """
 
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
-from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +43,7 @@ def tokenization(copies: int, rounds: int) -> Measured:
     trained = text(256, 8, 8192).folder / "tokenizer.json"
     documents = list(open_source("stdlib", TextFormat()).documents()) * copies
     megabytes = sum(len(document.encode(errors="replace")) for document in documents) / 1e6
-    processes = os.cpu_count() or 1
+    threads = os.cpu_count() or 1
     peer = Tokenizer.from_file(str(trained))
     peer.encode_special_tokens = True
     with tempfile.TemporaryDirectory() as name:
@@ -57,21 +54,19 @@ def tokenization(copies: int, rounds: int) -> Measured:
         sources = {"train": open_source(str(folder / "text.parquet"), TextFormat())}
 
         def ours() -> None:
-            # Processes begin with what the main module imports: with nothing here, as under the command line.
-            bare_main = mock.patch.dict(sys.modules, __main__=ModuleType("__main__"))
-            with tempfile.TemporaryDirectory(dir=folder) as made, bare_main:
+            with tempfile.TemporaryDirectory(dir=folder) as made:
                 prepare(
                     Path(made) / "tokens",
                     sources,
                     str(trained),
                     bpe_vocab_size=8192,
                     val_fraction=0.05,
-                    num_processes=processes,
+                    num_threads=threads,
                 )
 
         theirs = partial(peer.encode_batch_fast, whole, add_special_tokens=False)
         seconds = time_in_turn({"ours": ours, "tokenizers": theirs}, rounds)
-    columns: dict[str, object] = {"processes": processes}
+    columns: dict[str, object] = {"threads": threads}
     columns |= {f"{who}_mb_per_s": f"{megabytes / statistics.median(found):.2f}" for who, found in seconds.items()}
     return {TOKENIZE: round_ratios(seconds, "tokenizers", "ours")}, columns
 

@@ -3,12 +3,20 @@
 import glob
 import hashlib
 import json
+import re
 import sysconfig
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datamodules.reading import COMPRESSED, opened, read_text
+
+KINDS, ENDINGS = (".txt", ".jsonl", ".parquet"), ".txt, .jsonl (.gz and .zst of both) or .parquet"
+SAVED_DATASET = ("dataset_dict.json", "state.json")  # what save_to_disk writes
+HELD_OUT_NAMES = ("val", "valid", "validation", "dev", "test")  # a file that begins so lies beside one for training
 FULL_READ = 2**32  # bytes of files that are read whole for their fingerprint: a few seconds' work
 
 
@@ -20,62 +28,69 @@ class TextFormat:
         text_field: column of `.jsonl`, `.parquet` and Hugging Face rows that holds the text.
         document_separator: string between the documents of a `.txt` file; None: a file is a document.
         streaming: read a Hugging Face dataset without downloading all of it first.
+        encoding: of `.txt` and `.jsonl` files.
     """
 
     text_field: str = "text"
     document_separator: str | None = None
     streaming: bool = False
+    encoding: str = "utf-8"
 
 
 class FileSource:
-    """Local `.txt`, `.jsonl` and `.parquet` files; paths or globs, read in the order of their names.
+    """Local `.txt`, `.jsonl` (`.gz` and `.zst` of both) and `.parquet` files: paths, folders or globs, in the order of
+    their names.
 
     Raises:
         ValueError: when a pattern matches nothing or a file has another ending.
-    """
+    """  # noqa: D205
 
     def __init__(self, patterns: list[str], form: TextFormat) -> None:
         self.form, self.name = form, ", ".join(patterns)
-        self.files: list[Path] = []
-        for pattern in patterns:
-            found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
-            if not found:
-                raise ValueError(f"data source {pattern!r}: no such file (in {Path.cwd()})")
-            self.files += found
+        self.files = [path for pattern in patterns for path in _files(pattern)]
         for path in self.files:
-            if path.suffix not in (".txt", ".jsonl", ".parquet"):
-                raise ValueError(f"data source {path}: ends in {path.suffix!r}; give .txt, .jsonl or .parquet files")
+            if not path.is_file():
+                raise ValueError(f"data source {path}: is a link to a file that is not there")
 
     def documents(self) -> Iterator[str]:
         """The text of each document."""
         for path in self.files:
-            if path.suffix == ".txt":
-                text = path.read_text(encoding="utf-8", errors="replace")
-                yield from text.split(self.form.document_separator) if self.form.document_separator else [text]
-            elif path.suffix == ".jsonl":
-                with path.open(encoding="utf-8") as file:
-                    for number, line in enumerate(file, 1):
-                        if not line.strip():
-                            continue
-                        yield self._field(_parse(line, f"{path}:{number}"), f"{path}:{number}")
-            else:
+            if _kind(path) == ".parquet":
                 yield from self._parquet(path)
+            elif _kind(path) == ".jsonl":
+                yield from self._json_lines(path)
+            else:
+                text = read_text(path, self.form.encoding)
+                yield from text.split(self.form.document_separator) if self.form.document_separator else [text]
+
+    def _json_lines(self, path: Path) -> Iterator[str]:
+        with opened(path, self.form.encoding) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"{path}:{number}: not JSON ({error.msg} at column {error.colno}): {_shown(line.strip())}; "
+                        "each line of a .jsonl file is a JSON object: mend or remove this one"
+                    ) from error
+                yield text_of(row, self.form.text_field, f"{path}:{number}")
 
     def _parquet(self, path: Path) -> Iterator[str]:
         import pyarrow.parquet
 
-        table = pyarrow.parquet.ParquetFile(path)
-        if self.form.text_field not in table.schema_arrow.names:
-            self._field(dict.fromkeys(table.schema_arrow.names), str(path))
-        for batch in table.iter_batches(batch_size=1024, columns=[self.form.text_field]):
-            for text in batch.column(0).to_pylist():
-                yield self._field({self.form.text_field: text}, str(path))
-
-    def _field(self, row: dict[str, Any], where: str) -> str:
-        text = row.get(self.form.text_field)
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: no text in {self.form.text_field!r}; set data.text_field to one of {list(row)}")
-        return text
+        field = self.form.text_field
+        try:
+            table = pyarrow.parquet.ParquetFile(path)
+            columns = dict.fromkeys(table.schema_arrow.names)
+            if field not in columns:
+                text_of(columns, field, str(path))
+            batches = table.iter_batches(batch_size=1024, columns=[field])
+            for row, text in enumerate((text for batch in batches for text in batch.column(0).to_pylist()), 1):
+                yield text if isinstance(text, str) else text_of(columns | {field: text}, field, f"{path}, row {row}")
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: no parquet file, or damaged: {error}") from error
 
     def fingerprint(self) -> str:
         """Changes when a file's name or contents do; of a corpus that takes long to read, its name, size or time."""
@@ -89,12 +104,46 @@ class FileSource:
         return digest.hexdigest()
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    return row if isinstance(row, dict) else {}
+def _files(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    if path.is_dir():
+        return _files_in(path)
+    found = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+    found = [path for path in found if not path.is_dir()]
+    if not found:
+        raise ValueError(f"data source {pattern!r}: no such file (in {Path.cwd()})")
+    for path in found:
+        if _kind(path) not in KINDS:
+            raise ValueError(f"data source {path}: ends in {path.suffix!r}; give {ENDINGS} files")
+    return found
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The text files in a folder and in those below it. What lies there besides is counted in a warning."""
+    below = sorted(path for path in folder.rglob("[!.]*") if not path.is_dir())
+    below = [path for path in below if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    found = [path for path in below if _kind(path) in KINDS]
+    if any(path.name in SAVED_DATASET for path in below):
+        raise ValueError(f"data source {folder}: is a Hugging Face dataset: give it as hf:{folder}")
+    if not found:
+        raise ValueError(f"data source {folder}: this folder has no {ENDINGS} files")
+    parts = ((part, path) for path in found for part in path.relative_to(folder).parts)
+    splits = {word[0]: path for part, path in parts if (word := re.match("[a-z]+", part.lower()))}
+    if "train" in splits and (others := [splits[word] for word in HELD_OUT_NAMES if word in splits]):
+        raise ValueError(
+            f"data source {folder}: not all of its files are for training, as {others[0]}: give data.source and "
+            f"data.val_source as globs, for example {folder}/**/train*, or hf:{folder}"
+        )
+    if left_out := Counter(path.suffix or path.name for path in below if _kind(path) not in KINDS):
+        shown = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common(5))
+        warnings.warn(f"data source {folder}: {left_out.total()} files are left out ({shown})", stacklevel=2)
+    return found
+
+
+def _kind(path: Path) -> str:
+    """What its name ends in; of a compressed text, before it was compressed."""
+    inner = Path(path.stem).suffix
+    return inner if path.suffix in COMPRESSED and inner in (".txt", ".jsonl") else path.suffix
 
 
 class StandardLibrary(FileSource):
@@ -109,7 +158,30 @@ class StandardLibrary(FileSource):
     def documents(self) -> Iterator[str]:
         """The text of each module."""
         for path in self.files:
-            yield path.read_text(encoding="utf-8", errors="replace")
+            yield path.read_text(encoding="utf-8", errors="replace")  # one that is not UTF-8 is no reason to fail
+
+
+def text_of(row: Any, field: str, where: str) -> str:
+    """The text of a row.
+
+    Raises:
+        ValueError: naming the place, for a row without one.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: holds {_shown(row)}, not an object with the text in {field!r}")
+    text = row.get(field)
+    if isinstance(text, str):
+        return text
+    if field not in row:
+        raise ValueError(f"{where}: no text in {field!r}; set data.text_field to one of {list(row)}")
+    others = [name for name in row if name != field]
+    another = f", or set data.text_field to another of {others}" if others else ""
+    raise ValueError(f"{where}: {field!r} holds {_shown(text)}, not text: mend or remove the row{another}")
+
+
+def _shown(value: Any) -> str:
+    shown = "null" if value is None else repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
 
 
 class HuggingFace:
@@ -131,7 +203,7 @@ class HuggingFace:
 
     @property
     def _on_disk(self) -> bool:
-        return any((Path(self.path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        return any((Path(self.path) / name).is_file() for name in SAVED_DATASET)
 
     def splits(self) -> list[str]:
         """Names of the dataset's splits."""
@@ -155,25 +227,39 @@ class HuggingFace:
 
     def documents(self) -> Iterator[str]:
         """The text of each row."""
-        for row in self._load():
-            if not isinstance(text := row.get(self.form.text_field), str):
-                field = self.form.text_field
-                raise ValueError(f"{self.name}: no text in {field!r}; set data.text_field to one of {list(row)}")
-            yield text
+        for number, row in enumerate(self._load(), 1):
+            yield text_of(row, self.form.text_field, f"{self.name}, row {number}")
 
     def fingerprint(self) -> str:
         """Changes when the dataset does (streaming: when its name does)."""
         return self.name if self.form.streaming else f"{self.name} {self._load()._fingerprint}"
 
 
-Source = FileSource | HuggingFace
+class Several:
+    """Sources one after the other."""
+
+    def __init__(self, sources: list["Source"]) -> None:
+        self.sources = sources
+        self.name: str = ", ".join(source.name for source in sources)
+
+    def documents(self) -> Iterator[str]:
+        """The text of each document."""
+        for source in self.sources:
+            yield from source.documents()
+
+    def fingerprint(self) -> str:
+        """Changes when one of theirs does."""
+        return ", ".join(source.fingerprint() for source in self.sources)
+
+
+Source = FileSource | HuggingFace | Several
 
 
 def open_source(spec: str | list[str], form: TextFormat) -> Source:
-    """The source that `data.source` names: `stdlib`, `hf:...`, or files."""
+    """The source that `data.source` names: `stdlib`, `hf:...`, files, or a list of these."""
     specs = [spec] if isinstance(spec, str) else spec
-    if specs == ["stdlib"]:
-        return StandardLibrary()
-    if len(specs) == 1 and specs[0].startswith("hf:"):
-        return HuggingFace(specs[0], form)
-    return FileSource(specs, form)
+    if not any(spec == "stdlib" or spec.startswith("hf:") for spec in specs):
+        return FileSource(specs, form)
+    if len(specs) > 1:
+        return Several([open_source(spec, form) for spec in specs])
+    return StandardLibrary() if specs == ["stdlib"] else HuggingFace(specs[0], form)

@@ -1,5 +1,6 @@
 """TextDataModule: documents to batches of token sequences. B batch, T sequence length."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.loader import IGNORE, Ordered, Stream, StreamDataModule, StreamLoader, loading, rank_and_world_size
+from datamodules.reading import read_text
 from datamodules.sampler import sample_at
 from datamodules.sources import HuggingFace, Source, TextFormat, open_source
 from datamodules.tokenizer import Tokenizer, load_tokenizer
@@ -29,24 +31,28 @@ class TextDataModule(StreamDataModule):
     """Text for causal language models: tokenizes once, then serves sequences from a memory-mapped file.
 
     Args:
-        source: training documents: stdlib (Python's own standard library), .txt/.jsonl/.parquet files or globs, or
-            hf:NAME[:CONFIG][@SPLIT], a Hugging Face dataset of the hub or a local folder of one.
-        val_source: validation documents. Default: the dataset's own validation split, or `val_fraction` of the
-            documents of `source`.
+        source: training documents: stdlib (Python's own standard library), .txt/.jsonl/.parquet files (also .txt.gz,
+            .jsonl.zst, ...), folders or globs of them, hf:NAME[:CONFIG][@SPLIT], a Hugging Face dataset of the hub or a
+            local folder of one, or a list of these.
+        val_source: validation documents. Default: the dataset's own validation split if there is one dataset, else
+            `val_fraction` of the documents of `source`.
         test_source: test documents. Default: the dataset's own test split; without one, `test` runs on validation.
         tokenizer: bytes, the path of a tokenizer.json, hub:NAME, or bpe (trained on the corpus).
-        bpe_vocab_size: size of the vocabulary that `bpe` trains.
+        bpe_vocab_size: size of the vocabulary that `bpe` trains; a small text gives a smaller one.
         seq_len: tokens of a training sequence, T.
         batch_size: sequences of a batch on each device, B.
-        val_fraction: share of the documents to hold out when there is no validation split.
+        val_fraction: share of the documents to hold out when there is no validation split; of a single one, as of a
+            single .txt file, that share of its text, the end.
         text_field: column with the text in .jsonl, .parquet and Hugging Face rows.
-        document_separator: string between the documents of a .txt file. Default: a file is one document.
+        document_separator: string between the documents of a .txt file. Default: a file is one document. A
+            backslash with an n or a t stands for a line's end or a tab, as a command line has them.
         streaming: read a Hugging Face dataset without downloading it first.
         cache_dir: token files go into a folder of their own in here.
         num_workers: processes that load batches; 0 is enough unless the disk is slow.
-        num_processes: processes that tokenize. Default: one a core.
+        num_processes: cores that tokenize, a thread each. Default: all of them.
         seed: of the order of samples.
         predict_file: a text file for `tokenformer predict`.
+        encoding: of .txt and .jsonl files and of `predict_file`, as Python names it: utf-8, latin-1, utf-16, ...
 
     Raises:
         ValueError: in `prepare_data` or `setup`, for missing files, an empty corpus, text shorter than a sequence, or
@@ -71,6 +77,7 @@ class TextDataModule(StreamDataModule):
         num_processes: int | None = None,
         seed: int = 0,
         predict_file: str | None = None,
+        encoding: str = "utf-8",
     ) -> None:
         super().__init__()
         for name, value, least in (("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
@@ -78,15 +85,24 @@ class TextDataModule(StreamDataModule):
                 raise ValueError(f"data.{name}={value}: must be at least {least}")
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1")
+        if not source:
+            raise ValueError(f"data.source={source!r}: give files, a folder, hf:NAME or stdlib")
+        try:
+            codecs.lookup(encoding)
+        except LookupError as error:
+            raise ValueError(f"data.encoding={encoding!r}: unknown to Python; utf-8, latin-1, ... are known") from error
+        ends = {r"\n": "\n", r"\t": "\t"}  # as they come from a command line
+        separator = re.sub(r"\\[nt]", lambda found: ends[found[0]], document_separator or "") or None
         self.source, self.val_source, self.test_source = source, val_source, test_source
         self.tokenizer_name, self.bpe_vocab_size = tokenizer, bpe_vocab_size
         self.seq_len, self.batch_size, self.val_fraction = seq_len, batch_size, val_fraction
-        self.form = TextFormat(text_field, document_separator, streaming)
+        self.form = TextFormat(text_field, separator, streaming, encoding)
         self.cache_dir, self.num_workers, self.seed = Path(cache_dir), num_workers, seed
         self.num_processes = num_processes or os.cpu_count() or 1
         self.predict_file = predict_file
-        # Known before anything is read, since the model's embedding is built from it.
-        self.vocab_size = bpe_vocab_size if tokenizer == "bpe" else self.tokenizer.vocab_size
+        # Before anything is read; a small text gives fewer, which `setup` knows.
+        self.asked_vocab_size = bpe_vocab_size if tokenizer == "bpe" else self.tokenizer.vocab_size
+        self.vocab_size = self.asked_vocab_size
 
     @property
     def tokens_per_batch(self) -> int:
@@ -98,6 +114,7 @@ class TextDataModule(StreamDataModule):
         """Where the tokens are: a name to recognise, and a hash of all settings that they depend on."""
         settings = [self.source, self.val_source, self.test_source, self.tokenizer_name, self.val_fraction]
         settings += [self.form.text_field, self.form.document_separator]
+        settings += [self.form.encoding] if self.form.encoding != "utf-8" else []
         settings += [self.bpe_vocab_size] if self.tokenizer_name == "bpe" else []
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         first = self.source if isinstance(self.source, str) else self.source[0]
@@ -118,8 +135,8 @@ class TextDataModule(StreamDataModule):
             found = [name for name in names if name in own]
             if given is not None:
                 sources[split] = open_source(given, self.form)
-            elif found and isinstance(self.source, str):
-                sources[split] = open_source(f"{self.source.partition('@')[0]}@{found[0]}", self.form)
+            elif found:
+                sources[split] = open_source(f"{sources['train'].name.partition('@')[0]}@{found[0]}", self.form)
         return sources
 
     def prepare_data(self) -> None:
@@ -139,11 +156,13 @@ class TextDataModule(StreamDataModule):
             self.tokenizer_name,
             bpe_vocab_size=self.bpe_vocab_size,
             val_fraction=self.val_fraction,
-            num_processes=self.num_processes,
+            num_threads=self.num_processes,
         )
 
     def setup(self, stage: str) -> None:
-        """Open the token files and check that they are long enough."""
+        """Open the token files and check that they are long enough; `vocab_size` is the tokenizer's from here on."""
+        if self.tokenizer_name == "bpe" and read_metadata(self.folder).get("whole_vocab"):
+            self.vocab_size = self.tokenizer.vocab_size
         if stage == "predict":
             self.predict_ids = self._encode_predict_file()
             return
@@ -168,7 +187,7 @@ class TextDataModule(StreamDataModule):
         if not path.is_file():
             raise ValueError(f"data.predict_file={self.predict_file!r}: no such file (in {Path.cwd()})")
         tokenizer = self.tokenizer
-        ids = tokenizer.encode_batch([path.read_text(encoding="utf-8", errors="replace")])[0]
+        ids = tokenizer.encode_batch([read_text(path, self.form.encoding)])[0]
         if not ids:
             raise ValueError(f"data.predict_file={self.predict_file!r}: is empty")
         return np.array([tokenizer.end_of_text, *ids])  # a document begins after the end of another

@@ -64,12 +64,19 @@ def _byte_name(byte: int) -> str:
 class JSONTokenizer:
     """A Hugging Face `tokenizer.json`. A special token's name within a text is encoded as ordinary text.
 
+    What such a file keeps of a training with it, truncation, padding and BPE's dropout, is off: all of a text becomes
+    tokens, the same ones every time.
+
     Raises:
         ValueError: when no end-of-text token is found.
     """
 
     def __init__(self, tokenizer: HFTokenizer, name: str) -> None:
         tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if isinstance(tokenizer.model, models.BPE):
+            tokenizer.model.dropout = None
         self._tokenizer = tokenizer
         vocab = tokenizer.get_vocab()
         found = [token for token in END_OF_TEXT_NAMES if token in vocab]

@@ -11,24 +11,26 @@ import os
 import shutil
 import tempfile
 import warnings
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from datamodules.sources import Source
+from datamodules.splits import documents_of, too_few
 from datamodules.tokenizer import JSONTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 FORMAT = 1
-BATCH_CHARACTERS = 2**20  # text that one process encodes at a time
+BATCH_CHARACTERS = 2**20  # text that one thread encodes at a time
+PARALLELISM = "TOKENIZERS_PARALLELISM"  # whether the tokenizers package starts threads of its own
 SAMPLED_BLOCKS, SAMPLED_BLOCK = 64, 2**12  # of a fingerprint; tokens
 
 
@@ -95,11 +97,16 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             "delete it and run `tokenformer prepare` again"
         )
     try:
-        metadata = json.loads(path.read_text())
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"{path} has format {metadata['format']}, not {FORMAT}: delete {folder} and prepare again")
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        if (found := metadata["format"]) == FORMAT:
+            np.dtype(metadata["dtype"])
+            metadata.setdefault("recipe", {}).keys()
+            for split in metadata["splits"].values():
+                Split(**split)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is corrupted: delete {folder} and run `tokenformer prepare` again") from error
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found}, not {FORMAT}: delete {folder} and prepare again")
     return dict(metadata)
 
 
@@ -110,19 +117,20 @@ def prepare(
     *,
     bpe_vocab_size: int,
     val_fraction: float,
-    num_processes: int,
+    num_threads: int,
 ) -> None:
     """Tokenize sources into a token folder, or check that the folder there was made from them.
 
     Without a `val` source, documents are held out by the hash of their text: the same text is never on both sides.
+    Where they are too few for that (one file, as most begin), the end of each one's text is.
 
     Args:
         folder: where the tokens go.
         sources: `train`, and if there are any `val` and `test`.
         tokenizer_name: see :func:`load_tokenizer`; `bpe` trains one on the training documents.
         bpe_vocab_size: its size.
-        val_fraction: share of documents to hold out when there is no `val` source.
-        num_processes: processes that encode.
+        val_fraction: share of the documents, or of their text, to hold out when there is no `val` source.
+        num_threads: threads that encode.
 
     Raises:
         ValueError: when the folder is half-written or was made from something else, or a split would be empty.
@@ -146,7 +154,7 @@ def prepare(
         warnings.warn(f"unless another process is writing them, delete what it left: {leftovers}", stacklevel=2)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
-        _write(partial, sources, tokenizer_name, bpe_vocab_size, held_out, num_processes, recipe)
+        _write(partial, sources, tokenizer_name, bpe_vocab_size, held_out, num_threads, recipe)
         try:
             partial.rename(folder)
         except OSError:  # another run was faster; its folder was made from the same recipe or is refused
@@ -156,7 +164,7 @@ def prepare(
                 tokenizer_name,
                 bpe_vocab_size=bpe_vocab_size,
                 val_fraction=val_fraction,
-                num_processes=num_processes,
+                num_threads=num_threads,
             )
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -168,25 +176,29 @@ def _write(
     tokenizer_name: str,
     bpe_vocab_size: int,
     held_out: float,
-    num_processes: int,
+    num_threads: int,
     recipe: dict[str, Any],
 ) -> None:
+    ends = bool(held_out) and too_few(sources, held_out)
+    if ends:
+        rank_zero_info(
+            f"too few documents to hold any out: the last {held_out:.3g} of each one's text is validation data"
+        )
     if tokenizer_name == "bpe":
-        training = (text for split, text in _documents(sources, held_out) if split == "train")
+        training = (text for split, text in documents_of(sources, held_out, ends) if split == "train")
         tokenizer: Tokenizer = train_bpe(training, bpe_vocab_size)
     else:
         tokenizer = load_tokenizer(tokenizer_name)
     if isinstance(tokenizer, JSONTokenizer):
         tokenizer.save(folder / "tokenizer.json")
-        tokenizer_name = str(folder / "tokenizer.json")
 
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     names = ["train", "val", *(["test"] if "test" in sources else [])]
     splits = {name: Split() for name in names}
     files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in names}
-    batches = _batches(_documents(sources, held_out))
+    batches = _batches(documents_of(sources, held_out, ends))
     with tqdm(desc="tokenizing", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
-        for name, num_documents, num_bytes, ids in _encode_all(batches, tokenizer_name, dtype, num_processes):
+        for name, num_documents, num_bytes, ids in _encode_all(batches, tokenizer, dtype, num_threads):
             files[name].write(ids)
             counts = splits[name]
             counts.tokens += len(ids) // dtype.itemsize
@@ -200,11 +212,6 @@ def _write(
 
     total = sum(counts.documents for counts in splits.values())
     for name, counts in splits.items():
-        if counts.documents == 0 and name == "val" and "val" not in sources:
-            raise ValueError(
-                f"data.val_fraction={held_out} of {total} documents leaves none for validation: give data.val_source, "
-                "a larger data.val_fraction, or data.document_separator if a .txt file holds several documents"
-            )
         if counts.documents == 0:
             raise ValueError(
                 f"the {name} split is empty"
@@ -214,6 +221,7 @@ def _write(
         "format": FORMAT,
         "dtype": dtype.name,
         "vocab_size": tokenizer.vocab_size,
+        "whole_vocab": True,  # of older folders the model has data.bpe_vocab_size, though the tokenizer has fewer
         "end_of_text": tokenizer.end_of_text,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "splits": {name: asdict(counts) for name, counts in splits.items()},
@@ -221,22 +229,6 @@ def _write(
         "recipe": recipe,
     }
     (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-
-
-def _documents(sources: dict[str, Source], held_out: float) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document that has any text."""
-    for name, source in sources.items():
-        for text in source.documents():
-            if not text.isascii():  # half of a surrogate pair is no text: JSON can hold it, UTF-8 and tokenizers can't
-                text = text.encode("utf-8", errors="replace").decode("utf-8")
-            if text.strip():
-                yield "val" if name == "train" and _hash(text) < held_out else name, text
-
-
-def _hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
 
 
 def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
@@ -256,39 +248,35 @@ Encoded = tuple[str, int, int, bytes]  # split, documents, bytes of text, ids
 
 
 def _encode_all(
-    batches: Iterator[tuple[str, list[str]]], tokenizer_name: str, dtype: np.dtype[Any], num_processes: int
+    batches: Iterable[tuple[str, list[str]]], tokenizer: Tokenizer, dtype: np.dtype[Any], num_threads: int
 ) -> Iterator[Encoded]:
-    """Encode batches, in order; a few batches per process are under way at a time, so that memory stays bounded."""
-    first = list(islice(batches, 4))
-    if num_processes == 1 or len(first) < 4:  # starting processes would take longer
-        _start_worker(tokenizer_name, dtype)
-        for batch in [*first, *batches]:
-            yield _encode(*batch)
-        return
-    with ProcessPoolExecutor(num_processes, get_context("spawn"), _start_worker, (tokenizer_name, dtype)) as pool:
-        under_way = deque(pool.submit(_encode, *batch) for batch in first)
+    """Encode batches, in order; a few batches per thread are under way at a time, so that memory stays bounded.
+
+    Threads, since new processes would run the caller's script again; a `tokenizer.json` is obeyed outside of Python.
+    """
+    pool = ThreadPoolExecutor(num_threads)
+    under_way: deque[Future[Encoded]] = deque()
+    before = os.environ.get(PARALLELISM)
+    os.environ[PARALLELISM] = "false"  # one thread a core already
+    try:
         for batch in batches:
-            if len(under_way) >= 4 * num_processes:
+            if len(under_way) >= 4 * num_threads:
                 yield under_way.popleft().result()
-            under_way.append(pool.submit(_encode, *batch))
+            under_way.append(pool.submit(_encode, tokenizer, dtype, *batch))
         while under_way:
             yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if before is None:
+            del os.environ[PARALLELISM]
+        else:
+            os.environ[PARALLELISM] = before
 
 
-_worker: tuple[Tokenizer, np.dtype[Any]]
-
-
-def _start_worker(tokenizer_name: str, dtype: np.dtype[Any]) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
-    _worker = load_tokenizer(tokenizer_name), dtype
-
-
-def _encode(split: str, texts: list[str]) -> Encoded:
-    tokenizer, dtype = _worker
-    ids: list[int] = []
+def _encode(tokenizer: Tokenizer, dtype: np.dtype[Any], split: str, texts: list[str]) -> Encoded:
+    ids = array(dtype.char)  # takes lists in half of numpy's time, in which no other thread can work
     for encoded in tokenizer.encode_batch(texts):
-        ids += encoded
+        ids.fromlist(encoded)
         ids.append(tokenizer.end_of_text)
     num_bytes = sum(len(text.encode()) for text in texts)
-    return split, len(texts), num_bytes, np.array(ids, dtype=dtype).tobytes()
+    return split, len(texts), num_bytes, np.asarray(ids).astype(dtype).tobytes()

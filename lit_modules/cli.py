@@ -68,11 +68,19 @@ def console() -> None:
     except (ValueError, RunError, OSError) as error:
         if os.environ.get("TOKENFORMER_DEBUG"):
             raise
-        while isinstance(error.__cause__, ValueError):  # the config parser wraps what a class says of its arguments
+        while isinstance(error.__cause__, ValueError) and _is_of_the_parser(error):
             error = error.__cause__
         sys.exit(f"error: {error}\n(TOKENFORMER_DEBUG=1 shows where)")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_of_the_parser(error: BaseException) -> bool:
+    """Whether the config's parser raised it, around what a class says of its arguments in fewer words."""
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    return where is not None and str(where.tb_frame.f_globals.get("__name__")).startswith("jsonargparse.")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -72,6 +72,15 @@ def run_dir_of(path: Path) -> Path | None:
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """The config of the run that wrote a checkpoint; empty where it is not beside it."""
+    """The config of the run that wrote a checkpoint; empty where it is not beside it.
+
+    Raises:
+        ValueError: for one that is damaged.
+    """
     run = run_dir_of(path)
-    return yaml.safe_load((run / "config.yaml").read_text()) if run else {}
+    if run is None:
+        return {}
+    try:
+        return dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{run / 'config.yaml'}: damaged, it is no YAML of a run: restore it") from error

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from datamodules.reading import read_text
 from lit_modules.commands.tokenizers import tokenizer_of
 from lit_modules.modules.loading import load_model
 from tokenformer import TokenFormerLM
@@ -186,7 +187,4 @@ def main(args: list[str]) -> None:
 def _read(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"--prompt_file {path}: no such file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt_file {path}: is not UTF-8 text ({error})") from error
+    return read_text(path, remedy="save it as UTF-8")

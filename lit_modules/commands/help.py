@@ -41,7 +41,7 @@ COMMANDS = {
             *ANYWHERE[3:4],
             ("--data.tokenizer tokenizer.json", "or bytes, bpe, hub:NAME"),
             ("--data.cache_dir data", "where token files go"),
-            ("--data.num_processes 8", "processes that tokenize; by default one a core"),
+            ("--data.num_processes 8", "cores that tokenize; by default all"),
         ),
     ),
     "plan": (

@@ -1,10 +1,11 @@
 """LanguageModule: training, evaluation and prediction of a causal language model. B batch, T sequence."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_modules.modules.base import TokenFormerModule, check_recomputing
@@ -98,6 +99,13 @@ class LanguageModule(TokenFormerModule):
                 f"model.config.vocab_size={self.config.vocab_size} but the tokenizer makes ids up to "
                 f"{data.vocab_size - 1}: set it to at least {data.vocab_size}"
             )
+        if data.vocab_size < self.config.vocab_size == getattr(data, "asked_vocab_size", None):
+            rank_zero_info(
+                f"the text gives a vocabulary of {data.vocab_size}, not data.bpe_vocab_size={self.config.vocab_size}: "
+                "the model has as many"
+            )
+            self.config = replace(self.config, vocab_size=data.vocab_size)
+            self.save_hyperparameters({"config": asdict(self.config)})
         if data.seq_len > self.config.max_seq_len:
             raise ValueError(
                 f"data.seq_len={data.seq_len} is longer than model.config.max_seq_len={self.config.max_seq_len}"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as HFTokenizer
 
 from datamodules.text import TextDataModule
 from datamodules.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
@@ -35,6 +36,28 @@ def test_special_tokens_in_a_text_are_ordinary_text():
     assert tokenizer.decode(ids) == text
     with pytest.raises(ValueError, match="bpe_vocab_size=100"):
         train_bpe(["x"], 100)
+
+
+def test_truncation_padding_and_dropout_that_a_file_keeps_are_off(corpus, tmp_path):
+    path = str(tmp_path / "tokenizer.json")
+    train_bpe(corpus[1], 300).save(path)
+    plain = HFTokenizer.from_file(path)
+    ids, fingerprint = load_tokenizer(path).encode_batch(corpus[1]), load_tokenizer(path).fingerprint
+    assert max(map(len, ids)) > 20
+    plain.enable_truncation(8)
+    plain.enable_padding(length=200, pad_id=1)
+    plain.model.dropout = 0.5
+    plain.save(path)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode_batch(corpus[1]) == ids
+    assert tokenizer.fingerprint == fingerprint  # tokens made before are of use still
+    data = module(corpus, tmp_path, tokenizer=path)
+    data.prepare_data()
+    data.setup("fit")
+    assert len(data.train.ids) + len(data.val.ids) == sum(len(row) + 1 for row in ids)
+    tokenizer.save(tmp_path / "exported.json")  # for readers that obey them
+    exported = HFTokenizer.from_file(str(tmp_path / "exported.json"))
+    assert (exported.truncation, exported.padding, exported.model.dropout) == (None, None, None)
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Token folders: what is held out, what is reused, what is refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -32,6 +33,24 @@ def test_equal_texts_are_held_out_together(tmp_path):
     assert len(train | val) == 30
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+@pytest.mark.parametrize("fraction", [0.1, 0.9])  # by its hash, the one document would be in one split or in the other
+def test_of_one_text_the_end_is_held_out(tmp_path, caplog, fraction, tokenizer):
+    text = "".join(f"line {i}\n" for i in range(1000))
+    (tmp_path / "input.txt").write_text(text + "\n" * 500)  # nothing to learn there
+    changes = {"tokenizer": tokenizer, "bpe_vocab_size": 270, "val_fraction": fraction}
+    data = module((tmp_path / "input.txt",), tmp_path / "cache", **changes)
+    with caplog.at_level("INFO"):
+        data.prepare_data()
+    data.setup("fit")
+    (train,), (val,) = (documents_of(file.ids, data.tokenizer) for file in (data.train, data.val))
+    assert train + val == text + "\n" * 500
+    assert len(val.rstrip()) == round(fraction * len(text.rstrip()))
+    assert caplog.messages == [
+        f"too few documents to hold any out: the last {fraction} of each one's text is validation data"
+    ]
+
+
 def test_a_second_call_reuses_the_tokens(corpus, data):
     file = data.folder / "train.bin"
     before = file.stat().st_mtime_ns
@@ -40,11 +59,23 @@ def test_a_second_call_reuses_the_tokens(corpus, data):
     assert [path.name for path in data.folder.parent.iterdir()] == [data.folder.name]  # no rubbish
 
 
+def edit(folder, **changes):
+    path = folder / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize(
     ("corrupt", "message"),
     [
         (lambda folder: (folder / "metadata.json").unlink(), "has no metadata.json: it is half-written"),
-        (lambda folder: (folder / "metadata.json").write_text("{"), "metadata.json is corrupted"),
+        (lambda folder: (folder / "metadata.json").write_text("{"), "metadata.json is corrupted: delete"),
+        (lambda folder: (folder / "metadata.json").write_bytes(b"\xff"), "metadata.json is corrupted: delete"),
+        (lambda folder: (folder / "metadata.json").write_text("[]"), "metadata.json is corrupted: delete"),
+        (lambda folder: edit(folder, format=2), "metadata.json has format 2, not 1: delete"),
+        (lambda folder: edit(folder, dtype="uint17"), "metadata.json is corrupted: delete"),
+        (lambda folder: edit(folder, splits={"train": {"token": 1}}), "metadata.json is corrupted: delete"),
+        (lambda folder: edit(folder, splits={}), "has no split"),
+        (lambda folder: edit(folder, recipe=None), "metadata.json is corrupted: delete"),
         (lambda folder: (folder / "train.bin").write_bytes(b"abc"), "has 3 bytes instead of .*half-written"),
         (lambda folder: (folder / "val.bin").unlink(), "has 0 bytes instead of"),
     ],
@@ -98,14 +129,25 @@ def test_an_interrupted_preparation_leaves_nothing_behind(corpus, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_processes_write_the_same_file(corpus, tmp_path, monkeypatch):
+def test_any_number_of_cores_writes_the_same_file_without_new_processes(corpus, tmp_path, monkeypatch):
+    """New processes would run a script again that calls this without `if __name__ == "__main__"`, or a notebook."""
+
+    def start(process):
+        raise RuntimeError("a new process was started")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", start)
     monkeypatch.setattr("datamodules.tokens.BATCH_CHARACTERS", 1000)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
     files = []
-    for processes in (1, 2):
-        data = module(corpus, tmp_path / str(processes), num_processes=processes)
+    for cores in (1, 3):
+        data = module(corpus, tmp_path / str(cores), num_processes=cores, tokenizer="bpe", bpe_vocab_size=300)
         data.prepare_data()
+        data.setup("fit")
         files.append((data.folder / "train.bin").read_bytes())
+        texts = documents_of(data.train.ids, data.tokenizer) + documents_of(data.val.ids, data.tokenizer)
+        assert sorted(texts) == sorted(corpus[1])
     assert files[0] == files[1]
+    assert "TOKENIZERS_PARALLELISM" not in os.environ  # the caller's own
 
 
 def test_token_files_can_be_large_ids(tmp_path):

@@ -181,7 +181,7 @@ def test_errors_say_what_to_do(exported, run_dir, tmp_path):
     for args, message in [
         ([folder], "no prompt: give --prompt TEXT or --prompt_file FILE"),
         ([folder, "--prompt_file", tmp_path / "none.txt"], "none.txt: no such file"),
-        ([folder, "--prompt_file", tmp_path / "latin.txt"], "is not UTF-8 text"),
+        ([folder, "--prompt_file", tmp_path / "latin.txt"], "is no UTF-8 text: save it"),
         ([folder, *prompt, "--stop", ""], '--stop "": give a text'),
         ([folder, *prompt, "--max_new_tokens", 63], "max_new_tokens=63 make 65, past the .*max_seq_len=64.*at most 62"),
         ([folder, "--prompt", "x " * 100], "max_seq_len=64: give less of a prompt"),

@@ -1,0 +1,74 @@
+"""Text files of any encoding, compressed or not. What is wrong with one is said with its name and the line."""
+
+import codecs
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, TextIO
+
+COMPRESSED = (".gz", ".zst")
+REMEDY = "set data.encoding to the file's (utf-16, cp1252, latin-1, ...), or save it as UTF-8"
+
+
+def read_text(path: Path, encoding: str = "utf-8", remedy: str = REMEDY) -> str:
+    """A text file, whole; see :func:`opened`."""
+    with opened(path, encoding, remedy) as file:
+        return file.read()
+
+
+@contextmanager
+def opened(path: Path, encoding: str = "utf-8", remedy: str = REMEDY) -> Iterator[TextIO]:
+    """A text file, decompressed if it ends in `.gz` or `.zst`, without its byte order mark.
+
+    Args:
+        path: of the file.
+        encoding: one that Python knows.
+        remedy: what to do about a file of another encoding.
+
+    Raises:
+        ValueError: for a file of another encoding, or one that can't be read; also while it is read.
+    """
+    name = codecs.lookup(encoding).name
+    try:
+        with _binary(path) as file:
+            looks = _wide(file.read(4096))
+        if looks and not name.startswith(looks[:6]):
+            raise ValueError(f"{path}: is {looks.upper()} text, not {name.upper()}: {remedy}")
+        with TextIOWrapper(_binary(path), "utf-8-sig" if name == "utf-8" else encoding) as text:
+            yield text
+    except UnicodeError as error:
+        raise ValueError(f"{path}{_line(path, name)}: is no {name.upper()} text: {remedy}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read, or is damaged: {error}") from error
+
+
+def _binary(path: Path) -> Any:
+    if path.suffix not in COMPRESSED:
+        return path.open("rb")
+    import pyarrow
+
+    return pyarrow.input_stream(str(path), compression="detect")
+
+
+def _wide(start: bytes) -> str | None:
+    """UTF-16 or 32 by the first bytes of a file: a byte order mark, or zeros, which are in no other text."""
+    for mark in ("UTF32_LE", "UTF32_BE", "UTF16_LE", "UTF16_BE"):  # in this order: the first begins as the third
+        if start.startswith(getattr(codecs, f"BOM_{mark}")):
+            return f"utf-{mark[3:5]}"
+    zeros = start.count(0) / max(1, len(start))
+    order = "be" if start.startswith(b"\0") else "le"
+    return f"utf-32-{order}" if zeros > 0.6 else f"utf-16-{order}" if zeros > 0.25 else None
+
+
+def _line(path: Path, encoding: str) -> str:
+    """The number of the first line that can't be decoded, and what is there; of UTF-16 and 32, nothing."""
+    if encoding.startswith(("utf-16", "utf-32")):
+        return ""
+    with TextIOWrapper(_binary(path), "latin-1", newline="\n") as lines:  # a character is a byte
+        for number, line in enumerate(lines, 1):
+            try:
+                line.encode("latin-1").decode(encoding)
+            except UnicodeDecodeError as error:
+                return f":{number}, {error.object[max(0, error.start - 20) : error.start + 20]!r}"
+    return ""
