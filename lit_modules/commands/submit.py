@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import warnings
 from importlib.metadata import distributions
 from pathlib import Path
 from string import Template
@@ -58,7 +57,6 @@ def main(args: list[str]) -> None:
     ours, overrides = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
     asked = _parser().parse_args(ours)
     given = [part for file in asked.config for part in ("--config", file)] + overrides
-    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     cli = run(["fit", *given], _Parsed)
     config = cli.config.fit
     tasks = asked.gpus_per_node or asked.tasks_per_node

@@ -311,8 +311,8 @@ BAD = [
     (["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"], ValueError, "trainer.max_steps=-1"),
     (["--ckpt_path", "nowhere.ckpt"], ValueError, "ckpt_path=nowhere.ckpt: no such file"),
     (["--ckpt_path", "last"], ValueError, "there is no valid checkpoint in"),
-    (["--model.optim.lrr", "1"], SystemExit, "unknown key 'optim.lrr': did you mean 'lr'"),
-    (["--data.sed_len", "1"], SystemExit, "unknown key 'sed_len': did you mean 'seq_len'"),
+    (["--model.optim.lrr", "1"], SystemExit, "'model.optim.lrr' of LanguageModule: did you mean 'model.optim.lr'"),
+    (["--data.sed_len", "1"], SystemExit, "'data.sed_len' of TextDataModule: did you mean 'data.seq_len'"),
     (["--trainer.max_step", "1"], SystemExit, "unknown key 'trainer.max_step': did you mean 'trainer.max_steps'"),
 ]
 
@@ -338,7 +338,7 @@ def test_unknown_keys_in_a_file_are_refused(corpus, tmp_path, capsys):
     config.write_text(config.read_text().replace("depth:", "dept:"))
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(config)])
-    assert "unknown key 'dept': did you mean 'depth'?" in capsys.readouterr().err
+    assert "'model.config.dept' of LanguageModule: did you mean 'model.config.depth'?" in capsys.readouterr().err
 
 
 def test_token_ids_outside_the_vocabulary_are_refused():
