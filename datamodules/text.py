@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from datamodules.loader import IGNORE, Ordered, Stream, StreamDataModule, StreamLoader, loading, rank_and_world_size
 from datamodules.sampler import sample_at
 from datamodules.sources import HuggingFace, Source, TextFormat, open_source
-from datamodules.tokenizer import Tokenizer, load_tokenizer
+from datamodules.tokenizer import VOCAB_SIZES, Tokenizer, load_tokenizer
 from datamodules.tokens import TokenFile, prepare, read_metadata
 
 VAL_SPLITS = ("validation", "val", "valid", "dev")
@@ -86,7 +86,8 @@ class TextDataModule(StreamDataModule):
         self.num_processes = num_processes or os.cpu_count() or 1
         self.predict_file = predict_file
         # Known before anything is read, since the model's embedding is built from it.
-        self.vocab_size = bpe_vocab_size if tokenizer == "bpe" else self.tokenizer.vocab_size
+        known = bpe_vocab_size if tokenizer == "bpe" else VOCAB_SIZES.get(tokenizer)
+        self.vocab_size = known or self.tokenizer.vocab_size
 
     @property
     def tokens_per_batch(self) -> int:
