@@ -96,8 +96,8 @@ class LMEvalModel(TemplateLM):
             context, continuation = empty[0] or ("", "")
             raise ValueError(
                 f"{len(empty)} of {len(requests)} continuations have no token to score, such as {continuation!r} after "
-                f"{context[-40:]!r}: the tokenizer puts its characters into the last token of the context. Let it begin "
-                "with a space (a task's target_delimiter), or leave out the task (--tasks)"
+                f"{context[-40:]!r}: the tokenizer puts its characters into the last token of the context. Let it "
+                "begin with a space (a task's target_delimiter), or leave out the task (--tasks)"
             )
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
