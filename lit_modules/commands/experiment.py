@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import lightning
 from jsonargparse import set_parsing_settings
-from lightning import LightningDataModule, LightningModule
+from lightning import Callback, LightningDataModule, LightningModule
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -166,6 +166,8 @@ class ExperimentCLI(LightningCLI):
                     self.held_locks.append(RunLock(run_dir))
                 except OSError as error:
                     raise ValueError(f"run_dir={run_dir}: can't be written to ({error.strerror})") from error
+                if (saved := run_dir / "config.yaml").exists() and not saved.is_file():
+                    raise ValueError(f"run_dir={run_dir}: its config.yaml is a folder or a device: move it away")
                 remove_partial_checkpoints(run_dir / "checkpoints")
             os.environ |= {RUN_DIR: str(run_dir), CKPT_PATH: str(checkpoint or ""), FIRST_PROCESS: str(os.getpid())}
         self._run_dir = os.environ[RUN_DIR]
@@ -179,6 +181,12 @@ class ExperimentCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         config = self._get(self.config_init, "trainer")
+        stateful = [c.state_key for c in _as_list(config.callbacks) if type(c).state_dict is not Callback.state_dict]
+        if twice := [key for key in stateful if stateful.count(key) > 1]:
+            raise ValueError(
+                f"trainer.callbacks has {twice[0]} twice, and a checkpoint holds the state of one: give it once "
+                "(GrowParameterTokens with all stages)"
+            )
         if self.subcommand == "prepare":
             return Trainer(logger=False, enable_checkpointing=False, barebones=True)
         if self.subcommand == "plan":  # touches no accelerator, whatever the config asks for
