@@ -144,8 +144,8 @@ def loading(num_workers: int) -> dict[str, Any]:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A job's scheduler sends these to all of its processes; the trainer still needs batches until its step is done."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """All processes of a job, or of a terminal, get these; the trainer still needs batches until its step is done."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -19,7 +19,7 @@ from datamodules.loader import IGNORE, Ordered, Stream, StreamDataModule, Stream
 from datamodules.reading import read_text
 from datamodules.sampler import sample_at
 from datamodules.sources import HuggingFace, Source, TextFormat, open_source
-from datamodules.tokenizer import Tokenizer, load_tokenizer
+from datamodules.tokenizer import VOCAB_SIZES, Tokenizer, load_tokenizer
 from datamodules.tokens import TokenFile, prepare, read_metadata
 
 VAL_SPLITS = ("validation", "val", "valid", "dev")
@@ -100,8 +100,10 @@ class TextDataModule(StreamDataModule):
         self.cache_dir, self.num_workers, self.seed = Path(cache_dir), num_workers, seed
         self.num_processes = num_processes or os.cpu_count() or 1
         self.predict_file = predict_file
-        # Before anything is read; a small text gives fewer, which `setup` knows.
-        self.asked_vocab_size = bpe_vocab_size if tokenizer == "bpe" else self.tokenizer.vocab_size
+        # Known before anything is read, since the model's embedding is built from it; a small text gives fewer, which
+        # `setup` knows.
+        known = bpe_vocab_size if tokenizer == "bpe" else VOCAB_SIZES.get(tokenizer)
+        self.asked_vocab_size = known or self.tokenizer.vocab_size
         self.vocab_size = self.asked_vocab_size
 
     @property

@@ -11,6 +11,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
+# Vocabulary sizes of what many take from the hub, where only the size counts: `plan` needs no network for it.
+VOCAB_SIZES = {"hub:EleutherAI/gpt-neox-20b": 50277, "hub:openai-community/gpt2": 50257, "hub:gpt2": 50257}
+
 
 class Tokenizer(Protocol):
     """What the data pipeline needs of a tokenizer."""

@@ -42,8 +42,8 @@ class Checkpoint(RunCheckpoint):
         super().__init__(*args, **kwargs)
         self.asynchronous = asynchronous
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+    def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what can't be written beside the training; before any data is prepared."""
         strategy: Any = trainer.strategy
         if self.asynchronous and getattr(strategy, "_save_distributed_checkpoint", False):
             raise ValueError(

@@ -36,13 +36,16 @@ class EMA(WeightAveraging):
         super().__init__(multi_avg_fn=self._average)
         self.decay, self.warmup, self.validate_raw = decay, warmup, validate_raw
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the average, on the device and in the precision that the model is about to have."""
+    def check_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse weights that are too coarse for an average; before any data is prepared."""
         if trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"EMA with trainer.precision={trainer.precision}: the steps of an average are lost in 16-bit weights; "
                 "use bf16-mixed or 16-mixed"
             )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the average, on the device and in the precision that the model is about to have."""
         if stage != "fit":
             return
         self._device = trainer.strategy.root_device

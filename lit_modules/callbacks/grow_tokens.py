@@ -89,10 +89,13 @@ class GrowParameterTokens(Callback):
             return
         if not isinstance(pl_module, TokenFormerModule):
             raise ValueError(f"GrowParameterTokens grows the modules of this project, not {type(pl_module).__name__}")
+        pl_module.old_lr_scale = self.old_lr_scale
+
+    def check_settings(self, trainer: Trainer, pl_module: TokenFormerModule) -> None:
+        """Refuse what can't be grown so; before any data is prepared."""
         check_strategy(trainer.strategy)
         if isinstance(trainer.strategy, FSDP2):
             self._check_sharded(pl_module)
-        pl_module.old_lr_scale = self.old_lr_scale
         if any(stage.on_plateau for stage in self.stages) and not trainer.limit_val_batches:
             raise ValueError("on_plateau needs validations: trainer.limit_val_batches is 0")
         if self.verify and self.recipe.init == "split" and str(trainer.precision) in ("bf16-true", "16-true"):
@@ -103,6 +106,12 @@ class GrowParameterTokens(Callback):
             for grown in rehearse(pl_module.build_model(), self.stages, self.recipe, self.verify):
                 if isinstance(trainer.strategy, FSDP2):
                     check_divisible(grown, trainer.strategy.tensor_parallel_size)
+        if not trainer.fast_dev_run and all(stage.at_step for stage in self.stages):  # type: ignore[attr-defined]
+            self._check_room([stage.at_step for stage in self.stages], trainer, pl_module)
+
+    def _check_room(self, steps: list[int | None], trainer: Trainer, module: TokenFormerModule) -> None:
+        anneal_steps = self.anneal_steps if self.recipe.scale == "anneal" else 0
+        check_room(steps, trainer.max_steps, module.optim, self.schedule == "restart", anneal_steps)
 
     def _check_sharded(self, module: TokenFormerModule) -> None:
         """What can't be done to parameters of which each process has a part."""
@@ -142,8 +151,7 @@ class GrowParameterTokens(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             steps = self._steps(trainer, pl_module)
             check_order(self.stages, steps, trainer.max_steps)
-            anneal_steps = self.anneal_steps if self.recipe.scale == "anneal" else 0
-            check_room(steps, trainer.max_steps, pl_module.optim, self.schedule == "restart", anneal_steps)
+            self._check_room(steps, trainer, pl_module)
         # From the size that the model has now, which need not be the configured one.
         with torch.device("meta"):
             model = pl_module.build_model(pl_module.model.config.dim // pl_module.config.dim)

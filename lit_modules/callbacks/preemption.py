@@ -15,10 +15,10 @@ from lit_modules.runs import signals
 
 
 class Preemption(Callback):
-    """After SIGUSR1 or SIGTERM in any process: finish the step, and its validation if one is due; save; end.
+    """After SIGUSR1, SIGTERM or Ctrl-C in any process: finish the step, and its validation if one is due; save; end.
 
     The process ends with code 75 (SIGUSR1: it is to be requeued, and leaves the file `requeue` in the run's folder for
-    the job's script) or 143 (SIGTERM). A run whose last step this was ends as it always does.
+    the job's script), 143 (SIGTERM) or 130 (Ctrl-C). A run whose last step this was ends as it always does.
 
     Lightning's own part in this is switched off: its SIGTERM handler broadcasts wherever the process just is, which can
     hang, and its loop waits for the device before every batch, to ask whether that has happened.
@@ -88,7 +88,8 @@ class Preemption(Callback):
             Path(self.run_dir, "requeue").touch()
         failed = getattr(trainer.strategy.checkpoint_io, "failure", None)  # of the first process, which writes
         what = f"stopped, NOT saved ({failed})," if failed else "saved and stopped"
-        rank_zero_info(f"{signal.Signals(self._stopping).name}: {what} after step {trainer.global_step}")
+        where = f"in {self.run_dir}; to go on, add --run_dir {self.run_dir} --ckpt_path last to the command"
+        rank_zero_info(f"{signal.Signals(self._stopping).name}: {what} after step {trainer.global_step}, {where}")
         trainer.strategy.barrier()  # the first to end may be taken for a failure, and the others be killed
         raise SystemExit(signals.EXIT_CODES[signal.Signals(self._stopping)])
 
@@ -96,4 +97,4 @@ class Preemption(Callback):
         signals.set_training(False)
 
 
-_ORDER = [0, signal.SIGTERM, signal.SIGUSR1]  # the last wins, where processes have had different ones
+_ORDER = [0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last wins, where processes have had different ones

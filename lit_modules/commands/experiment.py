@@ -1,19 +1,15 @@
 """An experiment from a config: LightningCLI with run folders of their own, resume that is exact, and clear errors."""
 
-import dataclasses
-import inspect
 import logging
 import os
-import re
 import sys
 import warnings
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import lightning
 from jsonargparse import set_parsing_settings
-from lightning import LightningDataModule, LightningModule
+from lightning import Callback, LightningDataModule, LightningModule
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,8 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 import datamodules.images
 import datamodules.text  # noqa: F401  (makes their classes known by short names)
-from datamodules.loader import StreamDataModule
-from lit_modules import callbacks
 from lit_modules.callbacks import (
     Checkpoint,
     EvaluationRow,
@@ -40,10 +34,10 @@ from lit_modules.callbacks import (
 from lit_modules.callbacks.checkpoint import RunCheckpoint
 from lit_modules.callbacks.watchdog import end_with
 from lit_modules.checkpoints.writing import AtomicCheckpointIO, remove_partial_checkpoints
+from lit_modules.commands.parser import ArgumentParser
 from lit_modules.commands.plan import num_devices, plan
 from lit_modules.commands.run_folder import config_name, resolve_run
 from lit_modules.modules import language, vision
-from lit_modules.modules.base import TokenFormerModule
 from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
 from lit_modules.runs.errors import RunError, explain
@@ -69,6 +63,7 @@ QUIET = (
     ".*It is recommended to use `self.log.*sync_dist.*",  # the sums that it logs are over all devices already
     ".*The `srun` command is available.*",  # outside of a job; in one, lit_modules/runs/slurm.py has looked
     ".*`IterableDataset` has `__len__` defined.*",  # ours takes the workers into account
+    ".*args parameter is intended to run from within Python.*",  # the command line is parsed in two steps
 )
 
 
@@ -102,34 +97,6 @@ class Trainer(lightning.Trainer):
         """
         assert devices is not None  # settled before anything was built
         print(plan(model, datamodule, self, devices=devices, mfu=mfu, device=device, network=network, out=out))
-
-
-class ArgumentParser(LightningArgumentParser):
-    """Says what is wrong in a line or two, with the nearest known name for an unknown key, and no page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
-            super().error(message, ex)
-        asked = re.search(r"(?:does not accept option '|Option '|[Kk]ey '|unrecognized arguments: -*)([\w.]+)", message)
-        if asked and re.search(r"not accept|not expected|unrecognized", message):
-            key = asked[1]
-            whole = get_close_matches(key, [action.dest for action in self._actions], n=1, cutoff=0.9)
-            near = whole or get_close_matches(key.rsplit(".", 1)[-1], self._known_names(), n=1, cutoff=0.6)
-            known = bool(near) and near[0] == key  # but not of the class that it is given to
-            hint = f": not of the class that it is given to (`{key}` of a callback: the last one)" if known else ""
-            message = f"unknown key {key!r}" + (hint or (f": did you mean {near[0]!r}?" if near else ""))
-        sys.stderr.write(f"error: {message}\n(`tokenformer COMMAND --help.all` lists all keys)\n")
-        self.exit(2)
-
-    def _known_names(self) -> list[str]:
-        names = {action.dest for action in self._actions}
-        ours = (getattr(callbacks, name) for name in callbacks.__all__)
-        for known in (*TokenFormerModule.__subclasses__(), *StreamDataModule.__subclasses__(), *ours):
-            for parameter in inspect.signature(known).parameters.values():
-                names.add(parameter.name)
-                if dataclasses.is_dataclass(parameter.annotation):
-                    names |= {field.name for field in dataclasses.fields(parameter.annotation)}
-        return sorted({part for name in names for part in name.split(".")})
 
 
 class ExperimentCLI(LightningCLI):
@@ -199,6 +166,8 @@ class ExperimentCLI(LightningCLI):
                     self.held_locks.append(RunLock(run_dir))
                 except OSError as error:
                     raise ValueError(f"run_dir={run_dir}: can't be written to ({error.strerror})") from error
+                if (saved := run_dir / "config.yaml").exists() and not saved.is_file():
+                    raise ValueError(f"run_dir={run_dir}: its config.yaml is a folder or a device: move it away")
                 remove_partial_checkpoints(run_dir / "checkpoints")
             os.environ |= {RUN_DIR: str(run_dir), CKPT_PATH: str(checkpoint or ""), FIRST_PROCESS: str(os.getpid())}
         self._run_dir = os.environ[RUN_DIR]
@@ -212,6 +181,12 @@ class ExperimentCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         config = self._get(self.config_init, "trainer")
+        stateful = [c.state_key for c in _as_list(config.callbacks) if type(c).state_dict is not Callback.state_dict]
+        if twice := [key for key in stateful if stateful.count(key) > 1]:
+            raise ValueError(
+                f"trainer.callbacks has {twice[0]} twice, and a checkpoint holds the state of one: give it once "
+                "(GrowParameterTokens with all stages)"
+            )
         if self.subcommand == "prepare":
             return Trainer(logger=False, enable_checkpointing=False, barebones=True)
         if self.subcommand == "plan":  # touches no accelerator, whatever the config asks for

@@ -86,7 +86,19 @@ class LMEvalModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[Scored], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether each of its tokens is the likeliest one."""
+        """Log-likelihood of each continuation, and whether each of its tokens is the likeliest one.
+
+        Raises:
+            ValueError: for a continuation that is longer than the context, and for one without a token of its own. That
+                would score as certain; the harness's own models refuse it, too.
+        """
+        if empty := [texts for texts, _, continuation in requests if not continuation]:
+            context, continuation = empty[0] or ("", "")
+            raise ValueError(
+                f"{len(empty)} of {len(requests)} continuations have no token to score, such as {continuation!r} after "
+                f"{context[-40:]!r}: the tokenizer puts its characters into the last token of the context. Let it "
+                "begin with a space (a task's target_delimiter), or leave out the task (--tasks)"
+            )
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
             raise ValueError(

@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import warnings
 from importlib.metadata import distributions
 from pathlib import Path
 from string import Template
@@ -58,7 +57,6 @@ def main(args: list[str]) -> None:
     ours, overrides = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
     asked = _parser().parse_args(ours)
     given = [part for file in asked.config for part in ("--config", file)] + overrides
-    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     cli = run(["fit", *given], _Parsed)
     config = cli.config.fit
     tasks = asked.gpus_per_node or asked.tasks_per_node
@@ -70,7 +68,7 @@ def main(args: list[str]) -> None:
             "run_dir and ckpt_path are the job's own: give --run_dir to submit (before `--`), no ckpt_path"
         )
     folder = asked.run_dir or Path(config.trainer.default_root_dir or "runs") / config.name / new_name()
-    if odd := set(str(folder)) & set("%\\'\"\n"):
+    if odd := set(str(folder)) & set("%\\'\""):
         raise ValueError(
             f"--run_dir {folder}: Slurm takes {' '.join(sorted(odd))} in the path of a log for its own signs"
         )
@@ -87,7 +85,7 @@ def main(args: list[str]) -> None:
     except OSError as error:
         raise ValueError(f"--run_dir {folder}: can't be written to ({error.strerror})") from error
     (folder / "job.sh").write_text(script)
-    header = f"# tokenformer submit {shlex.join(args)}\n"
+    header = "".join(f"# {line}\n" for line in f"tokenformer submit {shlex.join(args)}".splitlines())
     (folder / "submitted.yaml").write_text(header + cli._parser("fit").dump(config, skip_none=False))
     (folder / "versions.txt").write_text(versions())
     sent = subprocess.run(["sbatch", "--parsable", folder / "job.sh"], capture_output=True, text=True, check=False)
@@ -146,7 +144,17 @@ def check_request(trainer: Any, nodes: int, tasks: int, gpus: int) -> None:
 
 
 def job_script(asked: argparse.Namespace, name: str, tasks: int, folder: Path) -> str:
-    """The template, filled in."""
+    """The template, filled in.
+
+    Raises:
+        ValueError: for a value with a control character: a newline would end its line, and what follows be a command.
+    """
+    texts: dict[str, Any] = {"name": name, "run_dir": str(folder), "the working directory": str(Path.cwd())}
+    texts |= {f"--{key}": value for key, value in vars(asked).items() if key not in ("config", "run_dir")}
+    for key, given in texts.items():
+        for text in given if isinstance(given, list) else [given]:
+            if isinstance(text, str) and not text.isprintable():
+                raise ValueError(f"{key}={text!r}: goes into the job's script and has a control character: drop it")
     options = {"gpus-per-node": asked.gpus_per_node or None}
     options |= {key: getattr(asked, key) for key in ("partition", "account", "array")}
     options["cpus-per-task"] = asked.cpus_per_task

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -130,10 +130,26 @@ class TokenFormerModule(LightningModule, ABC):
 
     # Lightning's hooks: the start.
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Have none, but refuse what can be refused: no other hook comes before the data is prepared."""
+        if self.trainer.training:
+            self.setup("fit")
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if hasattr(callback, "check_settings"):
+                    callback.check_settings(self.trainer, self)
+        return []
+
     def setup(self, stage: str) -> None:
-        """Refuse settings under which a resumed run could not be exact."""
-        if stage == "fit":
-            check_resumable(self.trainer)
+        """Refuse settings that can't be followed, and those under which a resumed run could not be exact."""
+        if stage != "fit":
+            return
+        check_resumable(self.trainer)
+        algorithm = self.trainer.gradient_clip_algorithm
+        if algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm={algorithm.value!r}: only 'norm' is supported")
+        steps = self.trainer.max_steps
+        if steps > 0 and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # which makes a step of a warm-up
+            check_schedule(self.optim, steps, f"trainer.max_steps={steps}")
 
     def configure_model(self) -> None:
         """Build the model; here and not before, so that it is made on its device and in its precision."""
@@ -154,8 +170,6 @@ class TokenFormerModule(LightningModule, ABC):
         steps = self.trainer.max_steps
         if steps < 1:
             raise ValueError(f"trainer.max_steps={steps}: the learning rate schedule needs the number of steps")
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
-            check_schedule(self.optim, steps, f"trainer.max_steps={steps}")
         self.learning_rate.max_steps = steps
         self.learning_rate.peak = self._peak_lr()
         # The fused update does its own unscaling in 16-mixed, where gradients must be unscaled before clipping.
@@ -211,8 +225,6 @@ class TokenFormerModule(LightningModule, ABC):
         A step that is not finite is skipped. In 16-mixed that is the GradScaler's doing, and gradients may overflow
         while it looks for its scale: there only losses tell that something is wrong.
         """
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
         self._lr = optimizer.param_groups[0]["lr"]  # with layer_decay: that of the last layers
         self._grad_norm = clip_grad_norm(self.parameters(), gradient_clip_val or math.inf)
         finite = self._grad_norm.isfinite()

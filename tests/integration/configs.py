@@ -67,8 +67,7 @@ def run_shrunken(files: Files, shrink: str, folder: Path) -> Path:
     settings["trainer"]["max_steps"] = steps
     if stages:
         settings["trainer"]["callbacks"] = given(*files)["trainer"]["callbacks"]
-        sizes = {"factor": 2.0, "qkv": None, "proj": None, "ffn": None}
-        early = [{"at_step": 3 * (i + 1)} | sizes for i in range(stages)]
+        early = [{"at_step": 3 * (i + 1), "factor": 2.0} for i in range(stages)]
         settings["trainer"]["callbacks"][0]["init_args"]["stages"] = early
     (folder / "shrink.yaml").write_text(yaml.safe_dump(settings))
     threads = torch.get_num_threads()

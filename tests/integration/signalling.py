@@ -11,13 +11,14 @@ from lit_modules.runs import signals
 
 
 class SignalAt(Callback):
-    """A signal to its own process after an optimizer step."""
+    """A signal to its own process, once, after an optimizer step."""
 
     def __init__(self, step: int, name: str) -> None:
-        self.step, self.name = step, name
+        self.step, self.name, self.sent = step, name, False
 
     def on_train_batch_end(self, trainer, *_) -> None:
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and not self.sent:
+            self.sent = True
             os.kill(os.getpid(), signal.Signals[self.name])
 
 

@@ -119,6 +119,18 @@ def test_likelihoods_are_the_models(byte_model, batch_size, monkeypatch):
         model.loglikelihood(asked(("a", "b" * 100)), disable_tqdm=True)
 
 
+@pytest.mark.parametrize("others", [[], [("ab", " cd")]])
+def test_a_continuation_without_a_token_is_not_certain(tmp_path, others):
+    """The harness's own class for transformers (0.4.13) ends in an assertion there."""
+    tokenizer = train_bpe(["Answer"] * 3, 262)
+    assert [len(tokenizer.encode_batch([text])[0]) for text in ("Ans", "Answer")] == [2, 1]
+    model = LMEvalModel(write_model(tmp_path, tokenizer, 64))
+    with pytest.raises(ValueError, match=rf"1 of {1 + len(others)} continuations .* such as 'wer' after 'Ans'"):
+        model.loglikelihood(asked(("Ans", "wer"), *others), disable_tqdm=True)
+    ((score, _),) = model.loglikelihood(asked(("Ans", " wer")), disable_tqdm=True)
+    assert score < 0
+
+
 def test_rolling_likelihood_counts_each_token_once(byte_model):
     model = LMEvalModel(byte_model)
     texts = ["short", "long enough for several windows, " * 8, ""]

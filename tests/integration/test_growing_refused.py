@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import torch
 
 from lit_modules.cli import main
 from tests.integration.growing import STAGES, config_of, fit
@@ -73,8 +72,7 @@ def test_fast_dev_run_ends_before_any_growth(corpus, tmp_path):
     assert not (tmp_path / "run/growth.csv").exists()
 
 
-def test_other_strategies_are_refused(corpus, tmp_path, request):
+def test_other_strategies_are_refused(corpus, tmp_path):
     strategy = ["--trainer.strategy.class_path=ModelParallelStrategy", "--trainer.devices=1"]
-    request.addfinalizer(torch.distributed.destroy_process_group)  # which it leaves behind
     with pytest.raises(ValueError, match="ModelParallelStrategy: a model grows on one device, in ddp, and in"):
         main(fit(config_of(tmp_path, corpus), tmp_path / "run", *strategy))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from datamodules.loader import loading
 from lit_modules.callbacks import Preemption
 from lit_modules.cli import main
 from lit_modules.runs import signals
@@ -28,9 +29,18 @@ def told_at(step, name):
     return [f"--trainer.callbacks+={SIGNAL_AT}", f"--trainer.callbacks.step={step}", f"--trainer.callbacks.name={name}"]
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 75)])
-def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, name, code):
+@pytest.fixture(autouse=True)
+def ctrl_c_counts():
+    """Even where the tests run in the background, for which a shell ignores it."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, name, code, caplog):
     """Told after step 5, so with a gradient accumulated at the next batch; it stops after step 6, at a validation."""
+    caplog.set_level("INFO")
     config = write_config(tmp_path, corpus, trainer={"log_every_n_steps": 1, "accumulate_grad_batches": 2})
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     command = ["fit", "--config", str(config), "--checkpoint.every_n_train_steps=100", "--ckpt_path=auto"]
@@ -42,6 +52,8 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, name, code):
     assert [path.name for path in (stopped / "checkpoints").glob("step-*")] == ["step-00000006.ckpt"]
     assert rows(stopped, "val/loss") == rows(whole, "val/loss")[:3]
     assert (stopped / "requeue").exists() == (name == "SIGUSR1")
+    how = f"in {stopped}; to go on, add --run_dir {stopped} --ckpt_path last to the command"
+    assert f"{name}: saved and stopped after step 6, {how}" in caplog.text
     main([*command, "--run_dir", str(stopped)])
     for column in ("train/loss", "train/tokens", "val/loss"):
         assert rows(stopped, column) == rows(whole, column), column
@@ -78,6 +90,31 @@ def test_sigterm_before_the_training_ends_the_process_and_sigusr1_waits():
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.requested() == signal.SIGUSR1  # the first
     assert signals.requested() == 0
+
+
+@pytest.mark.parametrize(("times", "code"), [(1, 7), (2, 130)])
+def test_a_second_ctrl_c_ends_at_once(times, code, capfd):
+    def train():
+        with signals.listening():
+            signals.set_training(True)
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+            os._exit(7 if signals.requested() == signal.SIGINT else 8)
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    process.join(60)
+    assert process.exitcode == code
+    assert "once more ends at once, without saving" in capfd.readouterr().err
+
+
+def test_ctrl_c_before_the_training_ends_it_and_is_left_alone_where_it_is_ignored():
+    with signals.listening(), pytest.raises(SystemExit, match="130"):
+        os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_task_of_a_job_has_the_folder_of_that_job_and_goes_on_in_it(corpus, tmp_path, monkeypatch):
@@ -156,3 +193,14 @@ def test_auto_needs_a_folder_and_does_not_begin_anew_over_corrupted_checkpoints(
         main(["fit", "--config", str(config), "--ckpt_path=auto", "--run_dir", str(tmp_path / "run")])
     with pytest.raises(ValueError, match="ckpt_path=auto .*give --run_dir"):
         main(["fit", "--config", str(config), "--ckpt_path=auto"])
+
+
+def test_who_loads_data_goes_on_whatever_signal_comes():
+    """A terminal sends Ctrl-C to all processes."""
+    old = {number: signal.getsignal(number) for number in signals.EXIT_CODES}
+    try:
+        loading(1)["worker_init_fn"](0)
+        assert {signal.getsignal(number) for number in old} == {signal.SIG_IGN}
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -4,12 +4,17 @@ import csv
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
+from datamodules.tokenizer import VOCAB_SIZES, load_tokenizer
 from lit_modules.callbacks import GrowParameterTokens
+from lit_modules.cli import main
 from lit_modules.commands.plan import num_devices, plan, plan_rows
 from lit_modules.growth.stages import Plateau, Stage
 from lit_modules.modules.language import LanguageModule
 from lit_modules.optim.config import OptimConfig
+from tests.conftest import ROOT
+from tests.integration.configs import configs
 from tokenformer import LMConfig
 
 TINY = {"vocab_size": 100, "depth": 2, "dim": 32, "num_heads": 4, "qkv_tokens": 24, "proj_tokens": 20, "ffn_tokens": 64}
@@ -187,3 +192,23 @@ def test_a_baseline_is_planned_at_its_widths():
     wide = LMConfig(**TINY | {"baseline": "width", "dim": 64, "num_heads": 8})
     assert rows[1].phase.num_params == rows[2].phase.num_params == wide.num_params()
     assert rows[1].phase.flops_per_token == wide.flops_per_token(16)
+
+
+def test_a_plan_needs_no_hub(monkeypatch, capsys):
+    """Of the tokenizers that the configs name, it knows how many tokens they have."""
+
+    def unreachable(name):
+        raise ConnectionError(name)
+
+    monkeypatch.setattr("datamodules.text.load_tokenizer", unreachable)
+    main(["plan", "--config", str(ROOT / "configs/language/openwebtext-growth.yaml")])
+    lines = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
+    assert ["base", "0", "576/576/2304", "123.6"] in lines
+    names = {path: yaml.safe_load(path.read_text())["data"]["init_args"]["tokenizer"] for path in configs("language")}
+    assert {name for name in names.values() if name.startswith("hub:")} <= set(VOCAB_SIZES)
+
+
+def test_the_known_sizes_are_those_of_the_tokenizers(shared_data):
+    for folder in (shared_data / "tokenizer").iterdir():
+        sizes = {size for name, size in VOCAB_SIZES.items() if name.endswith(folder.name)}
+        assert sizes == {load_tokenizer(str(folder / "tokenizer.json")).vocab_size}

@@ -3,12 +3,14 @@
 import os
 import re
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from lit_modules.cli import main
-from lit_modules.commands.submit import check_request
+from lit_modules.commands.submit import _parser, check_request, job_script
 from lit_modules.runs import slurm
 from tests.conftest import ROOT
 
@@ -86,6 +88,39 @@ def test_a_folder_with_signs_of_slurm_in_its_name_is_refused(odd):
     """The job failed without a log (Slurm 22.05)."""
     with pytest.raises(ValueError, match="--run_dir .*: Slurm takes . in the path of a log"):
         main(["submit", "--config", str(CONFIG), "--time", "1", "--dry-run", "--run_dir", odd])
+
+
+@pytest.mark.parametrize(
+    "option", ["name", "run_dir", "partition", "account", "time", "array", "container", "sbatch", "root"]
+)
+def test_a_newline_gets_into_no_script(tmp_path, option):
+    """In a stranger's YAML it ended a line of the script, and what followed was run."""
+    odd = "x\ntouch PWNED\n"
+    config = {"name": {"name": odd}, "root": {"trainer": {"default_root_dir": odd}}}.get(option, {})
+    (tmp_path / "strange.yaml").write_text(yaml.safe_dump(config))
+    given = ["--time", "1", "--config", str(CONFIG), "--config", str(tmp_path / "strange.yaml"), "--dry-run"]
+    given += [f"--{option}={odd}"] if not config else []
+    with pytest.raises(ValueError, match="goes into the job's script and has a control character"):
+        main(["submit", *given])
+
+
+@pytest.mark.parametrize("odd", ["\r", "\v", "\x85", "\u2028", "\x1b[2K", "\0"])
+def test_nor_does_another_control_character(odd):
+    asked = _parser().parse_args(["--config", "FILE", "--time", "1", f"--sbatch=--mem=1{odd}touch PWNED"])
+    with pytest.raises(ValueError, match="--sbatch='--mem=1.*touch PWNED': goes into the job's script"):
+        job_script(asked, "name", 1, Path("run"))
+
+
+def test_an_override_with_a_newline_is_no_line_of_the_submitted_config(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\necho 7\n")
+    (tmp_path / "bin/sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    ours = ["--config", str(CONFIG), "--time=1", "--run_dir", str(tmp_path / "run")]
+    main(["submit", *ours, "--", "--data.text_field", "some\n- column"])
+    text = (tmp_path / "run/submitted.yaml").read_text()
+    assert text.startswith("# tokenformer submit --config ")
+    assert yaml.safe_load(text)["name"] == "quickstart"
 
 
 @pytest.mark.parametrize("override", ["--run_dir=elsewhere", "--ckpt_path=last"])
