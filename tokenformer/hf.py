@@ -168,6 +168,8 @@ class _NativeModel(PreTrainedModel):
             ValueError: for files other than safetensors; for tensors missing, left over or, but for an image
                 model's classifier, of another shape.
         """
+        if model._hf_peft_config_loaded:  # an adapter, whose file has nothing else
+            return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
         shapes = _shapes(checkpoint_files) if state_dict is None else {k: v.shape for k, v in state_dict.items()}
         for name, layer in model.named_modules():
             if isinstance(layer, Pattention):
@@ -184,7 +186,8 @@ class _NativeModel(PreTrainedModel):
     ) -> Any:
         """Write the folder that `tokenformer.from_pretrained` reads too: segments under one norm joined."""
         self.config.follow(present_config(self.native))
-        state_dict = consolidated_state(self.native) if state_dict is None else state_dict
+        if state_dict is None and not self._hf_peft_config_loaded:  # with an adapter that alone is written
+            state_dict = consolidated_state(self.native)
         return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
 

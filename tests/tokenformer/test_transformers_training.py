@@ -52,13 +52,14 @@ def test_accumulated_batches_count_by_their_tokens(folder, tmp_path):
     assert updates[0].norm() > 0.01
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 def test_gradient_checkpointing(folder):
     def gradients(enable):
         model = AutoModelForCausalLM.from_pretrained(folder)
         calls = []
         model.native.backbone.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
         if enable:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         model(IDS, labels=IDS, use_cache=True).loss.backward()
         return [p.grad for p in model.parameters()], len(calls), model
 
@@ -66,10 +67,10 @@ def test_gradient_checkpointing(folder):
     recomputed, twice, model = gradients(True)
     assert (once, twice) == (1, 2)
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
-    assert model.is_activation_checkpointing
+    assert model.is_gradient_checkpointing
     with pytest.raises(ValueError, match="past_key_values with gradient checkpointing"):
         model(IDS, past_key_values=DynamicCache())
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     assert not model.native.backbone.checkpoint_activations
 
 
