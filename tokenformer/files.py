@@ -1,8 +1,10 @@
-"""What lies at a path, for whoever was given the wrong thing: nothing is opened, names and neighbours tell."""
+"""What lies at a path, for whoever was given the wrong thing: no weights are opened, names and neighbours tell."""
 
+import json
 from pathlib import Path
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of an exported model's folder
+INDEX = f"{WEIGHTS}.index.json"  # in place of the weights, where transformers has divided them into several files
 RELEASED_WEIGHTS = ("pytorch_model.bin", "model.safetensors")  # of a released checkpoint's; or shards and their index
 SHARDED = "meta.pt"  # what Lightning writes into the folder of a sharded checkpoint
 
@@ -40,7 +42,7 @@ def kind(path: Path) -> str:
 
 def is_exported(path: Path) -> bool:
     """Whether it is a folder with a model's config and weights, ours or not."""
-    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+    return (path / CONFIG).is_file() and any((path / name).is_file() for name in (WEIGHTS, INDEX))
 
 
 def is_sharded(path: Path) -> bool:
@@ -56,3 +58,19 @@ def is_zero(path: Path) -> bool:
 def has_weights(path: Path) -> bool:
     """Whether it is a folder with a file of weights, or the index of its shards."""
     return any((path / f"{name}{end}").is_file() for name in RELEASED_WEIGHTS for end in ("", ".index.json"))
+
+
+def shards(index: Path) -> list[Path]:
+    """The files of weights beside their index.
+
+    Raises:
+        ValueError: when it is corrupted, or some are not there.
+    """
+    try:
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: corrupted, it has no weight_map: {error}") from error
+    files = [index.with_name(Path(name).name) for name in sorted(listed)]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{index} names files that are not there: {', '.join(absent)}")
+    return files

@@ -8,11 +8,11 @@ Registration is a line of its own because transformers takes seconds to import, 
 
 One file: transformers wants config, weights, cache and both models by the same rules.
 
-B batch, T sequence, V vocabulary, C classes.
+B batch, T sequence, S tokens of a cache, D channels, V vocabulary, C classes.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,8 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from tokenformer.cache import KVCache
+from tokenformer.backbone import rotary_tables, rotary_tables_at
 from tokenformer.config import LMConfig, ViTConfig
 from tokenformer.interop import consolidated_state, present_config
 from tokenformer.language import TokenFormerLM
@@ -33,13 +34,17 @@ try:
         AutoConfig,
         AutoModelForCausalLM,
         AutoModelForImageClassification,
+        Cache,
+        DynamicCache,
         GenerationMixin,
         PreTrainedConfig,
         PreTrainedModel,
     )
+    from transformers.masking_utils import create_causal_mask
     from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifierOutput
+    from transformers.utils.generic import can_return_tuple
 except ImportError as error:
-    raise ImportError(f"tokenformer.hf needs transformers 5: pip install 'tokenformer[hf]' ({error})") from error
+    raise ImportError(f"tokenformer.hf needs transformers 5.6: pip install 'tokenformer[hf]' ({error})") from error
 
 
 class _NativeConfig(PreTrainedConfig):
@@ -76,7 +81,10 @@ class TokenFormerConfig(_NativeConfig):
 
     model_type = "tokenformer"
     native_class = LMConfig
-    attribute_map = _NativeConfig.attribute_map | {"max_position_embeddings": "max_seq_len"}
+    attribute_map = _NativeConfig.attribute_map | {
+        "max_position_embeddings": "max_seq_len",
+        "tie_word_embeddings": "tie_embeddings",
+    }
 
 
 class TokenFormerViTConfig(_NativeConfig):
@@ -90,6 +98,10 @@ class TokenFormerViTConfig(_NativeConfig):
         given = kwargs.get("num_classes", ViTConfig.num_classes)
         kwargs["num_classes"] = len(self.id2label) if self.id2label else kwargs.get("num_labels", given)
         super().__post_init__(**kwargs | {"num_labels": kwargs["num_classes"]})
+
+    def native(self) -> Any:  # noqa: D102
+        self.num_classes = self.num_labels  # it may have been set since
+        return super().native()
 
     def follow(self, native: Any) -> None:
         """Take the fields of a ViTConfig; labels keep their names where their number stays."""
@@ -107,7 +119,9 @@ class _NativeModel(PreTrainedModel):
     config: _NativeConfig
     native_class: ClassVar[Any]
     native: Any
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 - no more of a ClassVar than transformers' own
 
     def __init__(self, config: _NativeConfig) -> None:
         super().__init__(config)
@@ -120,6 +134,32 @@ class _NativeModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the native model has initialised itself, and a file that lacks tensors is refused."""
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the blocks compute their activations again; transformers' `gradient_checkpointing_enable` sets it."""
+        return self.native.backbone.checkpoint_activations
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.native.backbone.checkpoint_activations = enable
+
+    def _states(
+        self, x: Tensor, rotary: Any, chunks: Sequence[Any], all_of_them: bool | None, attentions: bool | None
+    ) -> tuple[Tensor, ...]:
+        """Tokens (B, T, D) after the embedding, each block and, normalised, the last one; or only the last ones."""
+        if self.config.output_attentions if attentions is None else attentions:
+            raise ValueError("output_attentions=True: attention is computed without keeping its weights, leave it out")
+        keep = self.config.output_hidden_states if all_of_them is None else all_of_them
+        backbone, states = self.native.backbone, []
+        for block, chunk in zip(backbone.blocks, chunks, strict=True):
+            if keep:
+                states.append(x)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, chunk, use_reentrant=False)
+            else:
+                x = block(x, rotary, chunk)
+        return (*states, backbone.norm(x))
+
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
         """Let each layer have the parameter tokens that the file has, then load as transformers does.
@@ -128,6 +168,8 @@ class _NativeModel(PreTrainedModel):
             ValueError: for files other than safetensors; for tensors missing, left over or, but for an image
                 model's classifier, of another shape.
         """
+        if model._hf_peft_config_loaded:  # an adapter, whose file has nothing else
+            return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
         shapes = _shapes(checkpoint_files) if state_dict is None else {k: v.shape for k, v in state_dict.items()}
         for name, layer in model.named_modules():
             if isinstance(layer, Pattention):
@@ -144,7 +186,8 @@ class _NativeModel(PreTrainedModel):
     ) -> Any:
         """Write the folder that `tokenformer.from_pretrained` reads too: segments under one norm joined."""
         self.config.follow(present_config(self.native))
-        state_dict = consolidated_state(self.native) if state_dict is None else state_dict
+        if state_dict is None and not self._hf_peft_config_loaded:  # with an adapter that alone is written
+            state_dict = consolidated_state(self.native)
         return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
 
@@ -159,129 +202,139 @@ def _shapes(files: Iterable[str | Path]) -> Mapping[str, torch.Size]:
     return shapes
 
 
-class _Cache(KVCache):
-    """The native cache, with what beam search asks of one."""
+class _Chunk:
+    """What a block asks of the native :class:`~tokenformer.cache.Chunk`, from a cache of transformers."""
 
-    def reorder_cache(self, rows: Tensor) -> None:
-        """Let row i be what row `rows[i]` is, (B,)."""
-        self.keep(rows.tolist())
+    def __init__(self, cache: Cache | None, layer: int, seen: Tensor | None) -> None:
+        self.cache, self.layer, self.seen = cache, layer, seen
+
+    def extend(self, _: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, T, K) of the new tokens -> of all, (B, H, S, K)."""
+        return (key, value) if self.cache is None else self.cache.update(key, value, self.layer)
 
 
 class TokenFormerForCausalLM(_NativeModel, GenerationMixin):
-    """TokenFormerLM, with labels and `generate`, which keeps keys and values in the native cache."""
+    """TokenFormerLM, with labels and `generate`."""
 
     config_class = TokenFormerConfig
     native_class = TokenFormerLM
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """New rows for new tokens, as :meth:`resize_token_embeddings` asks for them; see there for the rest."""
+        if isinstance(module, nn.Embedding | nn.Linear) and all(module is not known for known in self.modules()):
+            nn.init.normal_(module.weight, std=0.02)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: KVCache | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Ids (B, T) -> logits (B, T, V), and the loss where there are labels.
 
         Args:
             input_ids: ids.
-            attention_mask: (B, T), 0 for padding, which may be on the left or on the right of a row.
-            labels: (B, T), the ids again; -100 is ignored. The model shifts them by one, as is the custom here.
+            attention_mask: (B, T), 0 for padding; with a cache (B, S), for all tokens that it then has; or whom each
+                token sees, (B, 1, T, S).
+            position_ids: (B, T); default: places among the tokens that are no padding. Where they begin again in a row
+                without mask and cache, another text begins, which does not see those before it.
             past_key_values: what an earlier call with `use_cache` has returned; the ids go on from there.
-            use_cache: return a cache. Padding then is on the left only, where the text does not go on.
-            logits_to_keep: give the logits of so many last positions only, 0 for all.
-            return_dict: false for a tuple.
+            inputs_embeds: embeddings (B, T, D) in place of ids.
+            labels: (B, T), the ids again; -100 is ignored, and so is a token that follows on padding. The model shifts
+                them by one, as is the custom here.
+            use_cache: return a cache.
+            logits_to_keep: give the logits of so many last positions only, 0 for all; or of these positions.
+            output_hidden_states: return the L + 1 hidden states too, the last one normalised.
+            output_attentions: refused.
+            kwargs: `num_items_in_batch` for the loss, by which Trainer weights accumulated batches; `shift_labels`.
 
         Raises:
-            ValueError: for padding where it can't be, labels with `logits_to_keep`, another library's cache.
+            ValueError: for both or none of ids and embeddings, a mask of another length, labels with
+                `logits_to_keep`, `output_attentions`, a cache with gradient checkpointing.
         """
-        if labels is not None and logits_to_keep:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError(f"logits_to_keep={logits_to_keep}: the loss needs all logits, leave it out")
-        if past_key_values is not None and not isinstance(past_key_values, KVCache):
-            kind = type(past_key_values).__name__
-            raise ValueError(f"past_key_values is a {kind}: TokenFormer has a cache of its own, leave it out")
-        cache: Any = past_key_values
-        if cache is None and use_cache:
-            cache = _Cache(len(input_ids), self.native.config.max_seq_len)
-        hidden = self._hidden(input_ids, attention_mask, cache)
-        logits = F.linear(hidden[:, -logits_to_keep:], self.native.output_weight)  # -0: all
+        x = self.native.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        again = self.gradient_checkpointing and torch.is_grad_enabled()  # a block would write to the cache twice
+        if again and past_key_values is not None:
+            raise ValueError("past_key_values with gradient checkpointing: leave one of them out")
+        if use_cache and past_key_values is None and not again:
+            past_key_values = DynamicCache(config=self.config)
+        rotary, seen = self._places(x, attention_mask, position_ids, past_key_values)
+        chunks: list[_Chunk | None] = [None] * len(self.native.backbone.blocks)
+        if seen is not None or past_key_values is not None:
+            chunks = [_Chunk(past_key_values, layer, seen) for layer in range(len(chunks))]
+        states = self._states(x, rotary, chunks, output_hidden_states, output_attentions)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0: all
+        logits = F.linear(states[-1][:, kept], self.native.output_weight)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
-        return output.to_tuple() if return_dict is False else output
+            if attention_mask is not None and attention_mask.shape == labels.shape:
+                after_padding = F.pad(attention_mask[:, :-1] == 0, (1, 0))  # (B, T)
+                labels = labels.masked_fill(after_padding, -100)
+            loss = self.loss_function(logits, labels, self.native.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=states if len(states) > 1 else None,
+        )
 
-    def _hidden(self, input_ids: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """Final hidden states (B, T, D); padding on the right needs no mask, a causal model does not see it."""
-        if mask is None or (cache is not None and max(cache.lengths)):
-            return self.native.hidden(input_ids, cache)
-        if mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask of shape {tuple(mask.shape)}: must be {tuple(input_ids.shape)} as the ids"
-            )
-        if cache is not None and not bool(mask[:, -1].all()):
-            raise ValueError("attention_mask has padding on the right, where the text is to go on: pad on the left")
-        to_the_right, back = _turns(mask)
-        if bool((to_the_right[:, 0] == 0).all()):
-            return self.native.hidden(input_ids, cache)  # the same bits as without a mask
-        hidden = self.native.hidden(input_ids.gather(1, to_the_right), cache)
-        if cache is not None:
-            cache.lengths = mask.ne(0).sum(1).tolist()  # the padding, now on the right, is written over
-        return hidden.gather(1, back.unsqueeze(-1).expand_as(hidden))
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        past_key_values: KVCache | None = None,
-        attention_mask: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        **_: Any,
-    ) -> dict[str, Any]:
-        """All ids for the first step or without a cache, then the last ones."""
-        return {
-            "input_ids": input_ids if past_key_values is None else input_ids[:, -1:],
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep,
-        }
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
+    def _places(self, x: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Any:
+        """Rotary tables (B or 1, 1, T, R) or None, and which tokens each one sees, (B, 1, T, S); None: those before."""
+        past, T = 0 if cache is None else cache.get_seq_length(), x.shape[1]
+        if mask is not None and mask.ndim == 2 and mask.shape != (len(x), past + T):
+            wanted = (len(x), int(past + T))
+            raise ValueError(f"attention_mask of shape {tuple(mask.shape)}: must be {wanted}, all tokens so far")
+        seen = create_causal_mask(self.config, x, mask, past_key_values=cache, position_ids=position_ids)
+        if seen is None and cache is not None and T == 1:  # it sees all, and not the first alone as is_causal would
+            seen = torch.ones(1, 1, 1, int(past) + 1, dtype=torch.bool, device=x.device)
+        if not self.native.backbone.rotary_dim:
+            return None, seen
+        if position_ids is None and mask is not None and mask.ndim == 2:
+            position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
+        elif position_ids is None:
+            position_ids = past + torch.arange(T, device=x.device).unsqueeze(0)
+        cos, sin = rotary_tables_at(position_ids, self.native.backbone.rotary_dim)
+        return (cos.unsqueeze(1), sin.unsqueeze(1)), seen
 
     def get_input_embeddings(self) -> nn.Module:  # noqa: D102
         return self.native.embedding
 
-    def get_output_embeddings(self) -> nn.Module | None:  # noqa: D102
+    def set_input_embeddings(self, value: nn.Module) -> None:  # noqa: D102
+        self.native.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output matrix where it is one of its own."""
         return self.native.lm_head
 
-    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
-        """Refused.
+    def set_output_embeddings(self, value: nn.Module) -> None:  # noqa: D102
+        self.native.lm_head = value
 
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("the vocabulary of a TokenFormer is set by vocab_size when it is built; it can't be resized")
-
-
-def _turns(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """From where each place of a row takes its token so that padding comes right, and the way back; both (B, T).
-
-    Attention and rotary positions then are those of the row without padding.
-    """
-    length = mask.shape[1]
-    places = torch.arange(length, device=mask.device)
-    tokens = (mask != 0).int()
-    first = tokens.argmax(1, keepdim=True)  # (B, 1)
-    to_the_right = (places + first) % length
-    edges = tokens.gather(1, to_the_right).diff(dim=1).abs().sum(1)  # between tokens and padding, in each row
-    if bool((edges > 1).any()):
-        raise ValueError("attention_mask has padding between tokens: it may be left or right of them, not between")
-    return to_the_right, (places - first) % length
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; rows of padding (`vocab_multiple`) are dropped, so that all new rows are drawn."""
+        native = self.native
+        if new_num_tokens is not None:
+            for matrix, count in ((native.embedding, "num_embeddings"), (native.lm_head, "out_features")):
+                if matrix is not None:
+                    matrix.weight = nn.Parameter(matrix.weight[: native.config.vocab_size].detach().clone())
+                    setattr(matrix, count, len(matrix.weight))
+        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None:
+            native.config = replace(native.config, vocab_size=len(embedding.weight), vocab_multiple=1)
+            self.config.follow(native.config)
+        return embedding
 
 
 class TokenFormerForImageClassification(_NativeModel):
@@ -300,12 +353,35 @@ class TokenFormerForImageClassification(_NativeModel):
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None) -> Any:
-        """Images (B, 3, H, W) -> logits (B, C), and the cross-entropy where there are labels (B)."""
-        logits = self.native(pixel_values)
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        output = ImageClassifierOutput(loss=loss, logits=logits)
-        return output.to_tuple() if return_dict is False else output
+    def get_input_embeddings(self) -> nn.Module:  # noqa: D102
+        return self.native.patch_embed
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> Any:
+        """Images (B, 3, H, W) -> logits (B, C).
+
+        Args:
+            pixel_values: images.
+            labels: (B), for the loss; cross-entropy, unless the config's `problem_type` says another.
+            output_hidden_states: return the L + 1 hidden states (B, T, D) too, the last one normalised.
+            output_attentions: refused.
+
+        Raises:
+            ValueError: for `output_attentions`.
+        """
+        native, x = self.native, self.native._embed(pixel_values)
+        rotary = rotary_tables(x.shape[1], native.backbone.rotary_dim, x.device) if native.backbone.rotary_dim else None
+        chunks = [None] * len(native.backbone.blocks)
+        states = self._states(x, rotary, chunks, output_hidden_states, output_attentions)
+        logits = native.forward_head(states[-1])
+        loss = None if labels is None else self.loss_function(labels, logits.float(), self.config)
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states if len(states) > 1 else None)
 
 
 AutoConfig.register(TokenFormerConfig.model_type, TokenFormerConfig)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenformer.config import LMConfig, ViTConfig
-from tokenformer.files import CONFIG, WEIGHTS, is_exported, wrong_kind
+from tokenformer.files import CONFIG, INDEX, WEIGHTS, is_exported, shards, wrong_kind
 from tokenformer.growth import COUNT_OF, pattention_layers
 from tokenformer.language import TokenFormerLM
 from tokenformer.pattention import Pattention
@@ -59,10 +59,14 @@ def from_pretrained(folder: str | Path) -> TokenFormerLM | TokenFormerViT:
 
 
 def _read_weights(folder: str | Path) -> dict[str, Tensor]:
-    try:
-        return load_file(Path(folder) / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{Path(folder) / WEIGHTS}: not there, or corrupted: {error}") from error
+    whole, index = Path(folder) / WEIGHTS, Path(folder) / INDEX
+    tensors: dict[str, Tensor] = {}
+    for file in [whole] if whole.is_file() or not index.is_file() else shards(index):
+        try:
+            tensors |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file}: not there, or corrupted: {error}") from error
+    return tensors
 
 
 def read_config(folder: str | Path) -> LMConfig | ViTConfig:

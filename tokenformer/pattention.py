@@ -53,6 +53,13 @@ class _HasTau(nn.Module):
         return self
 
 
+class _AnyNames(nn.ModuleDict):
+    """A ModuleDict whose entries may have the names of its methods: an entry is found by `[name]` all the same."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._modules[name] = module  # type: ignore[assignment]
+
+
 class TokenSegment(_HasTau):
     """Parameter tokens that were added together: ``keys`` (N, D_in) and ``values`` (N, D_out).
 
@@ -74,8 +81,13 @@ class TokenSegment(_HasTau):
         self.keys = nn.Parameter(torch.empty(num_tokens, in_features, **factory))
         self.values = nn.Parameter(torch.empty(num_tokens, out_features, **factory))
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: D102
+    def forward(self, _: None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: D102
         return self.keys, self.values, self.current_tau()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `torch.nn.utils.parametrize`, by which peft adds LoRA, puts what it does to a parameter into a ModuleDict by
+        # the parameter's name, and a ModuleDict takes no `keys` or `values`.
+        super().__setattr__(name, _AnyNames() if name == "parametrizations" else value)
 
     @property
     def num_tokens(self) -> int:
@@ -148,7 +160,9 @@ class Pattention(_HasTau):
         return sum(segment.num_tokens for segment in self._segments())
 
     def _segments(self) -> list[TokenSegment]:
-        return list(self.segments)  # type: ignore[arg-type]
+        """The segments, out of what peft may have wrapped around them."""
+        segments: Any = self.segments
+        return [segment.get_base_layer() if hasattr(segment, "get_base_layer") else segment for segment in segments]
 
     def norm_groups(self) -> list[list[TokenSegment]]:
         """The segments, those that are normalised together in one list."""
@@ -196,7 +210,7 @@ class Pattention(_HasTau):
         operators: list[tuple[list[Tensor], list[Tensor], Any]] = []
         group = None
         for segment in self.segments:
-            its_keys, its_values, scale = segment()
+            its_keys, its_values, scale = segment(None)  # peft's wrapper of a module wants to pass something on
             if hasattr(its_keys, "device_mesh"):  # a DTensor: the tokens are divided among processes
                 group = its_keys.device_mesh.get_group()
                 its_keys, its_values = its_keys.to_local(), its_values.to_local()

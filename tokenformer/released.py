@@ -1,6 +1,5 @@
 """The released TokenFormer checkpoints: where their tensors lie, what they are called, which sizes they tell."""
 
-import json
 import re
 import zipfile
 from collections import Counter
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenformer.config import LMConfig
-from tokenformer.files import RELEASED_WEIGHTS, wrong_kind
+from tokenformer.files import RELEASED_WEIGHTS, shards, wrong_kind
 from tokenformer.language import TokenFormerLM
 
 # Width -> heads of the released Pile models (150M, 450M, 900M, 1.5B); a state dict does not tell the number of heads.
@@ -58,20 +57,10 @@ def weight_files(source: Path) -> list[Path]:
         if (source / name).is_file():
             return [source / name]
         if (index := source / f"{name}.index.json").is_file():
-            shards = [source / Path(shard).name for shard in sorted(set(_listed(index).values()))]
-            if absent := [shard.name for shard in shards if not shard.is_file()]:
-                raise ValueError(f"{index} names files that are not there: {', '.join(absent)}")
-            return shards
+            return shards(index)
     raise wrong_kind(
         source, f"wanted is a released checkpoint: a file of weights, or {' or '.join(RELEASED_WEIGHTS)} in a folder"
     )
-
-
-def _listed(index: Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index}: corrupted, it has no weight_map: {error}") from error
 
 
 def _read(file: Path) -> dict[str, Tensor]:

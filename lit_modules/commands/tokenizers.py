@@ -12,6 +12,7 @@ from datamodules.tokenizer import Tokenizer, load_tokenizer
 from lit_modules.checkpoints.reading import config_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+PADDING_NAMES = ("<|padding|>", "<|pad|>", "<|PAD_TOKEN|>", "[PAD]", "<pad>")
 
 
 def tokenizer_of(path: Path, given: str | None = None) -> Tokenizer:
@@ -45,9 +46,12 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None
 def write_tokenizer_files(folder: Path, end_of_text: int, max_seq_len: int) -> None:
     """Write `tokenizer_config.json` and `generation_config.json`, so that AutoTokenizer reads and `generate` stops.
 
+    Batches are padded with a token of its own where the vocabulary has one, else with the end of a text; then
+    collators that ignore padding in the loss ignore the end of a text too.
+
     Args:
         folder: has a `tokenizer.json`.
-        end_of_text: the id that ends a text; texts begin after it and batches are padded with it, too.
+        end_of_text: the id that ends a text; texts begin after it.
         max_seq_len: of the model.
 
     Raises:
@@ -59,7 +63,8 @@ def write_tokenizer_files(folder: Path, end_of_text: int, max_seq_len: int) -> N
     names = [name for name, i in vocab.items() if i == end_of_text]
     if not names:
         raise ValueError(f"{folder / 'tokenizer.json'}: has no token of id {end_of_text}, the end of a text")
-    roles = ("bos", "eos", "pad")
+    padding = next((name for name in PADDING_NAMES if name in vocab), names[0])
+    tokens = {"bos": names[0], "eos": names[0], "pad": padding}
     _write(
         folder / "tokenizer_config.json",
         {
@@ -68,9 +73,9 @@ def write_tokenizer_files(folder: Path, end_of_text: int, max_seq_len: int) -> N
             "clean_up_tokenization_spaces": False,  # decode(encode(text)) is the text
             "padding_side": "left",  # for generate, which goes on at the right
         }
-        | {f"{role}_token": names[0] for role in roles},
+        | {f"{role}_token": name for role, name in tokens.items()},
     )
-    _write(folder / "generation_config.json", {f"{role}_token_id": end_of_text for role in roles})
+    _write(folder / "generation_config.json", {f"{role}_token_id": vocab[name] for role, name in tokens.items()})
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

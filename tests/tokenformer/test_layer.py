@@ -108,3 +108,24 @@ def test_default_values_give_an_output_rms_of_a_tenth(kind, num_tokens):
     assert 0.085 < rms < 0.115
     assert set(WEIGHT_SECOND_MOMENT) == set(KINDS)
     assert default_tau(num_tokens, kind) == (num_tokens if kind == "softmax" else math.sqrt(num_tokens))
+
+
+def test_parameter_tokens_take_torchs_parametrizations():
+    """By which LoRA and weight norm work. A ModuleDict, where torch keeps them, has methods of these names."""
+    layer, x = Pattention(4, 5, 6), torch.randn(3, 4)
+    before, (segment,) = layer(x), layer.segments
+    tau, tokens = layer.tau, {name: getattr(segment, name).detach().clone() for name in ("keys", "values")}
+
+    class Summed(torch.nn.Module):
+        def forward(self, tensor):
+            return tensor.cumsum(0)
+
+    for name in tokens:
+        torch.nn.utils.parametrize.register_parametrization(segment, name, Summed())
+    expected = pattention(x, tokens["keys"].cumsum(0), tokens["values"].cumsum(0), tau)
+    torch.testing.assert_close(layer(x), expected)
+    assert "segments.0.parametrizations.keys.original" in layer.state_dict()
+    for name in tokens:
+        torch.nn.utils.parametrize.remove_parametrizations(segment, name, leave_parametrized=False)
+    assert torch.equal(layer(x), before)
+    assert {name for name, _ in layer.named_parameters()} == {"segments.0.keys", "segments.0.values"}

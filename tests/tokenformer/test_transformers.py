@@ -1,4 +1,4 @@
-"""The transformers wrapper: the same files, the same bits, generate, padding."""
+"""The transformers wrapper: the same files, the same bits, what its users expect of a model and its tokenizer."""
 
 import json
 import subprocess
@@ -9,30 +9,22 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'tokenformer[hf]'")
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, DynamicCache
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 import tokenformer.hf as hf
-from datamodules.tokenizer import ByteTokenizer
 from lit_modules.commands.tokenizers import write_tokenizer_files
+from tests.tokenformer.tiny_lm import IDS, LM, SIZES, padded, write_tiny_lm
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig, from_pretrained, grow, save_pretrained
 from tokenformer.growth import grow_layers, pattention_layers
 
-SIZES = {"depth": 2, "dim": 32, "num_heads": 4, "qkv_tokens": 17, "proj_tokens": 19, "ffn_tokens": 50}
-LM = LMConfig(vocab_size=257, vocab_multiple=8, max_seq_len=64, init="scaled", **SIZES)
 VIT = ViTConfig(image_size=16, patch_size=4, num_classes=10, init="scaled", **SIZES)
-IDS = torch.randint(257, (2, 12), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A language model of bytes as `tokenformer export` writes it."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    save_pretrained(TokenFormerLM(LM), path)
-    ByteTokenizer().save(path / "tokenizer.json")
-    write_tokenizer_files(path, ByteTokenizer.end_of_text, LM.max_seq_len)
-    return path
+    return write_tiny_lm(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +96,8 @@ def test_other_precision_and_shards(folder, tmp_path):
     grown.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     names = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path)(IDS), grown(IDS).logits)
     assert not any("segments.1" in name for name in names)
     assert AutoConfig.from_pretrained(tmp_path).ffn_tokens == 77
     with torch.no_grad():
@@ -159,97 +153,72 @@ def test_labels_give_the_loss(model):
     torch.testing.assert_close(model(IDS, labels=labels).loss, expected)
     with pytest.raises(ValueError, match="logits_to_keep=1: the loss needs all logits"):
         model(IDS, labels=labels, logits_to_keep=1)
-    vit = hf.TokenFormerForImageClassification(
-        hf.TokenFormerViTConfig(num_labels=3, image_size=16, patch_size=4, **SIZES)
-    )
+    config = hf.TokenFormerViTConfig(image_size=16, patch_size=4, **SIZES)
+    config.num_labels = 3
+    vit = hf.TokenFormerForImageClassification(config)
     out = vit(IMAGES, labels=torch.tensor([0, 2]))
     torch.testing.assert_close(out.loss, -out.logits.log_softmax(1)[[0, 1], [0, 2]].mean())
+    vit.config.problem_type = "multi_label_classification"
+    several = torch.tensor([[1.0, 0, 1], [0, 0, 1]])
+    expected = F.binary_cross_entropy_with_logits(out.logits, several)
+    torch.testing.assert_close(vit(IMAGES, labels=several).loss, expected)
 
 
-@torch.no_grad()
-def test_padding_does_not_change_what_a_row_says(model):
-    lengths = [12, 7, 1]
-    rows = [IDS[0, :n] for n in lengths]
+def test_padding_changes_neither_logits_nor_loss(model):
+    rows = [IDS[0], IDS[1, :7], IDS[1, :1]]
     alone = [model(row[None]).logits[0] for row in rows]
+    nats = torch.cat([F.cross_entropy(a[:-1], row[1:], reduction="none") for a, row in zip(alone, rows, strict=True)])
     for side in ("right", "left"):
-        ids, mask = torch.full((3, 12), 99), torch.zeros(3, 12, dtype=torch.long)
-        for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-            place = slice(0, n) if side == "right" else slice(12 - n, 12)
-            ids[i, place], mask[i, place] = row, 1
-        logits = model(ids, attention_mask=mask).logits
-        for got, expected, seen in zip(logits, alone, mask.bool(), strict=True):
+        ids, mask = padded(rows, side, 99)
+        out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+        for got, expected, seen in zip(out.logits, alone, mask.bool(), strict=True):
             torch.testing.assert_close(got[seen], expected)
-    mask[0, 3] = 0
-    with pytest.raises(ValueError, match="padding between tokens"):
-        model(ids, attention_mask=mask)
-    with pytest.raises(ValueError, match=r"attention_mask of shape \(3, 11\)"):
+        torch.testing.assert_close(out.loss, nats.mean())
+    mask[0, 3] = 0  # a token that nobody sees
+    others = [*range(3), *range(4, 12)]
+    expected = model(ids[:1, others]).logits
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits[:1, others], expected)
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(3, 11\): must be \(3, 12\)"):
         model(ids, attention_mask=mask[:, 1:])
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_generate_goes_on_as_the_native_model(folder, model, use_cache):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = ["A token", "grows", "x"]
-    batch = tokenizer(prompts, return_tensors="pt", padding=True)
-    out = model.generate(**batch, max_new_tokens=9, do_sample=False, use_cache=use_cache)
-    assert out.shape == (3, 7 + 9)
-    for prompt, row in zip(prompts, out, strict=True):
-        expected = greedy(model.native, list(prompt.encode()), 9)
-        assert row[7:].tolist() == expected
-    beams = model.generate(**batch, max_new_tokens=5, do_sample=False, num_beams=3, use_cache=use_cache)
-    plain = model.generate(**batch, max_new_tokens=5, do_sample=False, num_beams=3, use_cache=not use_cache)
-    assert torch.equal(beams, plain)
-
-
-def greedy(native, ids, count):
-    start = len(ids)
-    with torch.no_grad():
-        for _ in range(count):
-            ids = [*ids, int(native(torch.tensor([ids]))[0, -1].argmax())]
-    return ids[start:]
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["language", "vision"])
+def test_hidden_states(model, kind):
+    given, native = IDS, model.native
+    if kind == "vision":
+        config = hf.TokenFormerViTConfig(image_size=16, patch_size=4, num_labels=10, rotary_fraction=0.25, **SIZES)
+        given, model = IMAGES, hf.TokenFormerForImageClassification(config).eval()
+        native = model.native
+    out = model(given, output_hidden_states=True)
+    assert torch.equal(out.logits, native(given))
+    embedded = native._embed(given) if kind == "vision" else native.embedding(given)
+    assert torch.equal(out.hidden_states[0], embedded)
+    assert torch.equal(out.hidden_states[-1], native.backbone(embedded))
+    assert len(out.hidden_states) == SIZES["depth"] + 1
+    *_, states = model(given, output_hidden_states=True, return_dict=False)
+    assert torch.equal(states[1], out.hidden_states[1])
+    assert model(given).hidden_states is None
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        model(given, output_attentions=True)
 
 
 @torch.no_grad()
-def test_cached_logits_are_those_of_the_whole_text(model):
-    mask = torch.ones(2, 12, dtype=torch.long)
-    mask[1, :7] = 0
-    out = model(IDS, attention_mask=mask, use_cache=True)
-    for _ in range(3):
-        new = out.logits[:, -1:].argmax(-1)
-        out = model(new, past_key_values=out.past_key_values, logits_to_keep=1)
-    texts = IDS[0], IDS[1, 7:]
-    for row, text in enumerate(texts):
-        whole = torch.cat((text, torch.tensor(greedy(model.native, text.tolist(), 3))))
-        torch.testing.assert_close(out.logits[row, -1], model.native(whole[None])[0, -1])
-    out.past_key_values.reorder_cache(torch.tensor([1, 1]))  # as beam search does
-    out = model(torch.tensor([[5], [5]]), past_key_values=out.past_key_values)
-    expected = model.native(torch.cat((whole, torch.tensor([5])))[None])[0, -1]
-    torch.testing.assert_close(out.logits[:, -1], expected.expand(2, -1))
-
-
-def test_with_a_cache_only_new_tokens_are_read(model, monkeypatch):
-    read = []
-    native = model.native.hidden
-    monkeypatch.setattr(model.native, "hidden", lambda ids, cache=None: read.append(ids.shape[1]) or native(ids, cache))
-    model.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
-    assert read == [12, 1, 1, 1]
-    mask = torch.ones_like(IDS)
-    mask[0, -1] = 0
-    with pytest.raises(ValueError, match="pad on the left"):
-        model.generate(IDS, attention_mask=mask, max_new_tokens=4)
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
-        model(IDS, past_key_values=DynamicCache())
-
-
-def test_generate_ends_with_the_text(folder, model, monkeypatch):
-    assert model.generation_config.eos_token_id == 256
-    embedding = model.native.embedding.weight
-    first = greedy(model.native, IDS[0].tolist(), 1)[0]
-    out = model.generate(IDS[:1], max_new_tokens=5, do_sample=False, eos_token_id=first)
-    assert out.shape == (1, 13)
-    assert embedding is model.get_input_embeddings().weight
-    with pytest.raises(ValueError, match="vocabulary"):
-        model.resize_token_embeddings(300)
+def test_what_forward_takes(model):
+    whole = model(IDS).logits
+    embeddings = model.get_input_embeddings()(IDS)
+    assert torch.equal(model(inputs_embeds=embeddings).logits, whole)
+    for given in ({}, {"input_ids": IDS, "inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match="give input_ids or inputs_embeds"):
+            model(**given)
+    torch.testing.assert_close(model(IDS, logits_to_keep=torch.tensor([3, 5])).logits, whole[:, [3, 5]])
+    # Two texts in a row, told by their positions, do not see each other; positions only count by their distance.
+    packed = model(IDS, position_ids=torch.tensor([[*range(7), *range(5)]])).logits
+    torch.testing.assert_close(packed[:, :7], whole[:, :7])
+    torch.testing.assert_close(packed[:, 7:], model(IDS[:, 7:]).logits)
+    torch.testing.assert_close(model(IDS, position_ids=torch.arange(12)[None] + 9).logits, whole)
+    spread = model(IDS, position_ids=2 * torch.arange(12)[None], attention_mask=torch.ones_like(IDS)).logits
+    assert (spread - whole).abs().max() > 1e-3
 
 
 def test_tokenizer_gives_the_same_ids(folder):
