@@ -103,8 +103,8 @@ class TextDataModule(StreamDataModule):
         # Known before anything is read, since the model's embedding is built from it; a small text gives fewer, which
         # `setup` knows.
         known = bpe_vocab_size if tokenizer == "bpe" else VOCAB_SIZES.get(tokenizer)
-        self.asked_vocab_size = known or self.tokenizer.vocab_size
-        self.vocab_size = self.asked_vocab_size
+        self.requested_vocab_size = known or self.tokenizer.vocab_size
+        self.vocab_size = self.requested_vocab_size
 
     @property
     def tokens_per_batch(self) -> int:

@@ -99,7 +99,7 @@ class LanguageModule(TokenFormerModule):
                 f"model.config.vocab_size={self.config.vocab_size} but the tokenizer makes ids up to "
                 f"{data.vocab_size - 1}: set it to at least {data.vocab_size}"
             )
-        if data.vocab_size < self.config.vocab_size == getattr(data, "asked_vocab_size", None):
+        if data.vocab_size < self.config.vocab_size == getattr(data, "requested_vocab_size", None):
             rank_zero_info(
                 f"the text gives a vocabulary of {data.vocab_size}, not data.bpe_vocab_size={self.config.vocab_size}: "
                 "the model has as many"
