@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -131,8 +132,10 @@ class VisionModule(TokenFormerModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
-        if self.config.in_channels != 3:
-            raise ValueError(f"model.config.in_channels={self.config.in_channels}: the data has 3 channels")
+        if self.config.in_channels != (channels := getattr(data, "in_channels", 3)):
+            raise ValueError(
+                f"model.config.in_channels={self.config.in_channels}: data.in_channels={channels}; set both"
+            )
         if data.num_classes != self.config.num_classes:
             raise ValueError(
                 f"model.config.num_classes={self.config.num_classes} but the data has {data.num_classes} classes"
@@ -155,16 +158,22 @@ class VisionModule(TokenFormerModule):
             checkpoint["class_names"] = data.class_names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the size of the saved model; refuse one whose outputs stand for other classes."""
+        """Take the size of the saved model, and the order of its classes; refuse one that knows others."""
         super().on_load_checkpoint(checkpoint)
         data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         saved = checkpoint.get("class_names")
-        if data is not None and saved is not None and saved != data.class_names:
+        if data is None or saved is None or saved == data.class_names:
+            return
+        if sorted(saved) == sorted(data.class_names):
+            data.set_class_order(saved)
+            rank_zero_info("the classes are in the order of the checkpoint, not in that of new runs")
+        else:
             pairs = zip_longest(saved, data.class_names)
             number, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
             raise ValueError(
                 f"the checkpoint knows {len(saved)} classes, data.source has {len(data.class_names)}; the first that "
-                f"differs is number {number}: {theirs!r} in the checkpoint, {ours!r} in the data"
+                f"differs is number {number}: {theirs!r} in the checkpoint, {ours!r} in the data; to evaluate some of "
+                "the classes, or classes under other names, give data.class_map"
             )
 
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
@@ -210,11 +219,20 @@ class VisionModule(TokenFormerModule):
         self._top5.reset()
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self._sums = torch.zeros(2, dtype=wide, device=self.device)  # nats, images
+        data: Any = getattr(self.trainer, "datamodule", None)
+        some = data.some_classes("test" if self.trainer.testing else "val") if hasattr(data, "some_classes") else None
+        self._absent: Tensor | None = None  # (C), true of classes that the split knows nothing of
+        if some is not None:
+            self._absent = torch.ones(self.config.num_classes, dtype=torch.bool, device=self.device)
+            self._absent[some] = False
+            rank_zero_info(f"{len(some)} of {self.config.num_classes} classes have images: the others are ruled out")
 
     def evaluate(self, batch: EvalBatch) -> dict[str, Tensor]:
         """Add the batch to the sums; its logits (B, C) and losses (B,)."""
         images, labels, _ = batch
         logits = self._model(images).float()
+        if self._absent is not None:
+            logits = logits.masked_fill(self._absent, -torch.inf)
         losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
         self._top1.update(logits, labels)
         self._top5.update(logits, labels)

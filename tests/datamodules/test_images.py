@@ -331,7 +331,7 @@ def test_evaluation_never_skips(folder, tmp_path):
 def test_empty_files_are_found_before_the_first_epoch(folder, tmp_path):
     (path,) = broken(folder, tmp_path, "class1/04.png")
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match=f"train split: 1 of its files are empty, the first {path}"):
+    with pytest.raises(ValueError, match=f"train split: 1 of its files are empty .*, the first {path}"):
         module(tmp_path)
     assert module(tmp_path, skip_unreadable=True).num_images("train") == 23
 
