@@ -3,11 +3,12 @@
 from dataclasses import asdict
 from difflib import get_close_matches
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +26,10 @@ IGNORE = -100  # label of rows that fill up a batch, and of images that have non
 
 TrainBatch = tuple[Tensor, Tensor]  # images (B, 3, H, W), labels (B,) or soft targets (B, C)
 EvalBatch = tuple[Tensor, Tensor, Tensor]  # images, labels (B,), places in the split (B,), -1 where it only fills up
+
+CLASS_MAP = (
+    "class_map.txt"  # beside an exported model: a line for each class in the order of its outputs, as timm reads it
+)
 
 PROBE_IMAGES = 16  # enough to see a change; a whole batch would take longer than the growth
 
@@ -149,6 +154,22 @@ class VisionModule(TokenFormerModule):
             raise ValueError(
                 f"data.image_size={data.image_size} is not a whole number of patches of "
                 f"model.config.patch_size={self.config.patch_size}"
+            )
+        if self.init_from is not None:
+            self._take_class_order_of(Path(self.init_from), data)
+
+    def _take_class_order_of(self, folder: Path, data: Any) -> None:
+        """Read the same classes as an exported model in its order of them."""
+        if (folder / CLASS_MAP).is_file():
+            names = (folder / CLASS_MAP).read_text(encoding="utf-8").splitlines()
+            if names != data.class_names and sorted(names) == sorted(data.class_names):
+                data.set_class_order(names)
+                rank_zero_info(f"the classes are in the order of {folder}, not in that of new runs")
+        elif sorted(data.class_names) != data.class_names:
+            rank_zero_warn(
+                f"model.init_from={self.init_from!r}: has no {CLASS_MAP}, so its classes are taken to be in the order "
+                f"of the data, {', '.join(data.class_names[:12])}, ...; older versions sorted the names of folders as "
+                f"strings: if one wrote it, put a {CLASS_MAP} there, a line for each class in that order"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
