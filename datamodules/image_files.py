@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from datamodules.loader import IGNORE
 
@@ -73,6 +73,8 @@ class Images(ABC):
         except Image.DecompressionBombError as error:
             problem = f"it is too large: {error} Store it smaller, at a few thousand pixels a side"
             raise UnreadableImage(f"{self.name(index)}: can't be read as an image: {problem}") from error
+        except UnidentifiedImageError as error:
+            raise UnreadableImage(f"{self.name(index)}: can't be read as an image: of no known format") from error
         except Exception as error:  # what Pillow raises for broken files has no common class
             raise UnreadableImage(f"{self.name(index)}: can't be read as an image: {error}") from error
 

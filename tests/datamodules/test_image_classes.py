@@ -1,15 +1,23 @@
 """Which classes there are, in what order, under what names; labels of every kind; images held out for validation."""
 
 import random
+import re
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
+import timm.data
+import torch
 from PIL import Image
+from timm.data import RealLabelsImagenet
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from datamodules.image_classes import naturally, read_class_map
 from datamodules.image_sources import ImageFormat, open_source
 from datamodules.images import ImageDataModule
+from tests.conftest import ROOT
 
 NAMES = ["0", "1", "2", "10", "11", "a2", "A10", "a10b", "B", "c", "n01440764", "x-1.5", "x-1.25", "Ähre", "²"]
 
@@ -126,10 +134,9 @@ def test_validation_images_are_held_out(tmp_path, flat):
     other = ImageDataModule(str(tmp_path), val_fraction=0.25)
     assert other.order()["training images"] != data.order()["training images"]
     (root / "a/0.png").write_bytes(b"")
-    split, empty = ("train", train) if str(root / "a/0.png") in names[0] else ("val", val)
+    split = "train" if str(root / "a/0.png") in names[0] else "val"
     with pytest.raises(ValueError, match=f"the {split} split: 1 of its files are empty"):
         ImageDataModule(str(tmp_path), val_fraction=0.2).images(split)
-    assert len(empty)
 
 
 def test_a_fraction_is_for_data_without_validation(tmp_path):
@@ -210,6 +217,24 @@ def test_a_class_map_of_other_names_for_a_hugging_face_data_set(parquet, tmp_pat
     data = ImageDataModule(parquet("validation", ["cat", "dog"]), class_map=str(tmp_path / "classes.txt"))
     assert data.images("val").labels.tolist() == [2, 0]
     assert data.some_classes("val") == [0, 2]
+
+
+def test_real_labels_as_timm_counts_them(tmp_path, monkeypatch, capsys):
+    """The program of docs/vision.md."""
+    root = Path(timm.data.__file__).parent / "_info"
+    synsets = (root / "imagenet_synsets.txt").read_text().split()
+    (tmp_path / "models/mine").mkdir(parents=True)
+    (tmp_path / "models/mine/class_map.txt").write_text("\n".join(synsets))
+    names = [f"val/some/ILSVRC2012_val_{i + 1:08}.JPEG" for i in range(50_000)]
+    meter = RealLabelsImagenet([Path(name).name for name in names], topk=(1,))
+    labels = [(meter.real_labels[Path(name).name] or [7])[0] if i % 3 else 5 for i, name in enumerate(names)]
+    meter.add_result(torch.nn.functional.one_hot(torch.tensor(labels), 1000))
+    table = pa.table({"file": names, "label": [synsets[label] for label in labels]})
+    pyarrow.parquet.write_table(table, tmp_path / "predictions.parquet")
+    (program,) = re.findall(r"```python\n(import json.*?)```", (ROOT / "docs/vision.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    assert float(capsys.readouterr().out) == pytest.approx(meter.get_accuracy(1) / 100)
 
 
 def to_predict(spec):
