@@ -13,13 +13,15 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from datamodules.image_sources import Images, UnreadableImage
+from datamodules.image_files import Images, UnreadableImage
 from datamodules.loader import IGNORE, Ordered, Stream
 from datamodules.sampler import sample_at
 
 MAX_UNREADABLE = 100  # in a row: more than that is a disk that is gone
 MAX_WARNINGS = 5
+UNREADABLE = IGNORE - 1  # label of an image to predict that can't be read
 
+# Images have 3 channels, or 1 where the mode is L, Pillow's name for grey.
 TrainBatch = tuple[Tensor, Tensor]  # images (B, 3, S, S), targets (B) or (B, C)
 EvalBatch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, S, S), labels (B), indices (B)
 
@@ -30,6 +32,7 @@ class AugmentedBatches(Stream):
     def __init__(
         self,
         images: Images,
+        mode: str,
         transform: Callable[[Image.Image], Tensor],
         size: int,
         mix: Mixup | None,
@@ -40,13 +43,13 @@ class AugmentedBatches(Stream):
         place: tuple[int, int, int],
     ) -> None:
         super().__init__(len(images), *place)
-        self.images, self.transform, self.size, self.mix = images, transform, size, mix
+        self.images, self.mode, self.transform, self.size, self.mix = images, mode, transform, size, mix
         self.repeats, self.seed, self.unreadable = repeats, seed, unreadable
 
     def batch_at(self, positions: NDArray[np.int64]) -> TrainBatch:
         """Images and targets."""
         samples = sample_at(positions // self.repeats, len(self.images), self.seed)
-        images = _empty(len(samples), self.size)
+        images = _empty(len(samples), self.mode, self.size)
         targets = torch.empty(len(samples), dtype=torch.int64)
         with isolate_rng(include_cuda=False):
             for row, (position, sample) in enumerate(zip(positions.tolist(), samples.tolist(), strict=True)):
@@ -62,13 +65,13 @@ class AugmentedBatches(Stream):
         """The image and its label; of one that can't be read, of the next that can."""
         if self.unreadable is None:
             try:
-                return self.images.read(sample), int(self.images.labels[sample])
+                return self.images.read(sample, self.mode), int(self.images.labels[sample])
             except UnreadableImage as error:
                 raise ValueError(f"{error}; replace it, or train without it: data.skip_unreadable=true") from error
         for candidate in range(sample, sample + MAX_UNREADABLE):
             candidate %= len(self.images)
             try:
-                return self.images.read(candidate), int(self.images.labels[candidate])
+                return self.images.read(candidate, self.mode), int(self.images.labels[candidate])
             except UnreadableImage as error:
                 last = error
                 if not self.unreadable[candidate]:
@@ -78,9 +81,9 @@ class AugmentedBatches(Stream):
         raise ValueError(f"{MAX_UNREADABLE} images in a row can't be read; the last: {last}")
 
 
-def _empty(batch_size: int, size: int) -> Tensor:
-    """Room for a batch, (B, 3, S, S): a worker's in memory that it shares, or it would be copied once more."""
-    images = torch.empty(batch_size, 3, size, size)
+def _empty(batch_size: int, mode: str, size: int) -> Tensor:
+    """Room for a batch, (B, channels, S, S): a worker's in memory that it shares, or it would be copied once more."""
+    images = torch.empty(batch_size, 3 if mode == "RGB" else 1, size, size)
     return images.share_memory_() if get_worker_info() else images
 
 
@@ -97,19 +100,34 @@ class OrderedImages(Ordered):
     def __init__(
         self,
         images: Images,
+        mode: str,
         transform: Callable[[Image.Image], Tensor],
         size: int,
+        *,
+        skip_unreadable: bool,
         place: tuple[int, int, int],
     ) -> None:
         super().__init__(len(images), *place)
-        self.images, self.transform, self.size = images, transform, size
+        self.images, self.mode, self.transform, self.size = images, mode, transform, size
+        self.skip_unreadable = skip_unreadable
 
     def batch_at(self, positions: NDArray[np.int64]) -> EvalBatch:
-        """Images, labels and indices; rows that only fill up are zeros with the label IGNORE and the index -1."""
-        images = _empty(len(positions), self.size).zero_()
+        """Images, labels and indices; rows that only fill up are zeros with the label IGNORE and the index -1.
+
+        With `skip_unreadable` an image that can't be read is zeros with the label UNREADABLE.
+        """
+        images = _empty(len(positions), self.mode, self.size).zero_()
         labels = torch.full((len(positions),), IGNORE)
         indices = torch.full((len(positions),), -1)
         for row, index in enumerate(positions[positions < len(self.images)].tolist()):
-            images[row] = self.transform(self.images.read(index))
             labels[row], indices[row] = int(self.images.labels[index]), index
+            try:
+                image = self.images.read(index, self.mode)
+            except UnreadableImage as error:
+                if not self.skip_unreadable:
+                    raise
+                warnings.warn(f"{error}; its row has no prediction", stacklevel=1)
+                labels[row] = UNREADABLE
+            else:
+                images[row] = self.transform(image)
         return images, labels, indices

@@ -5,24 +5,23 @@ A source knows its classes before any image is read, and opens each split as `Im
 One file: the three sources are told apart by the first word of `data.source`, and share what they say when it is wrong.
 """
 
-import hashlib
-import io
+import glob
 import os
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from datamodules.image_classes import Classes, naturally
+from datamodules.image_files import ENDINGS, FileImages, Images, Part, held_out
 from datamodules.loader import IGNORE
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 VAL_SPLITS = ("val", "validation", "valid", "dev")
 SORT_BY_CLASS = (
     "move each image into a folder of its class, named as in train/: while read image class rest; do mkdir -p "
@@ -31,55 +30,19 @@ SORT_BY_CLASS = (
 )
 
 
-class UnreadableImage(ValueError):
-    """An image that can't be decoded; says which."""
+@dataclass(frozen=True)
+class ImageFormat:
+    """How to find images and classes in a source; the settings of `data` with these names."""
 
-
-class Images(ABC):
-    """The images of one split.
-
-    Attributes:
-        labels: class of each image, (number of images); IGNORE where there is none.
-        empty: names of files without a single byte.
-    """
-
-    labels: NDArray[np.int64]
-    empty: Sequence[str] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of what is in the split, in its order; not of pixels, which would take an epoch."""
-        return hashlib.blake2b(self.labels.tobytes(), digest_size=8).hexdigest()
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """The file's path, or what comes nearest to one."""
-
-    @abstractmethod
-    def data(self, index: int) -> bytes:
-        """The image as it is stored."""
-
-    def read(self, index: int) -> Image.Image:
-        """The image in RGB, whatever it is stored as.
-
-        Raises:
-            UnreadableImage: naming the image.
-        """
-        try:
-            image = Image.open(io.BytesIO(self.data(index)))
-            image.load()
-        except Exception as error:  # what Pillow raises for broken files has no common class
-            raise UnreadableImage(f"{self.name(index)}: can't be read as an image: {error}") from error
-        return image if image.mode == "RGB" else image.convert("RGB")
+    val_fraction: float | None = None
+    image_column: str | None = None
+    label_column: str | None = None
 
 
 class Source(Protocol):
     """A data set of images."""
 
-    class_names: list[str]
+    classes: Classes  # may be replaced, before images are opened, by those of a class map or of a checkpoint
 
     def prepare(self) -> None:
         """Download it, if it isn't here."""
@@ -92,14 +55,16 @@ class Digits:
     """Handwritten digits of 8x8 pixels that scikit-learn brings along. Every fifth is for validation."""
 
     def __init__(self) -> None:
-        self.class_names = [str(digit) for digit in range(10)]
+        self.classes = Classes.of(str(digit) for digit in range(10))
 
     def prepare(self) -> None:
         """Nothing to do."""
 
     def images(self, split: str) -> Images:
         """Four fifths, or the rest."""
-        return _DigitImages(validation=split != "train")
+        images = _DigitImages(validation=split != "train")
+        images.labels = _numbers(images.labels, list("0123456789"), self.classes, "digits")
+        return images
 
 
 class _DigitImages(Images):
@@ -118,69 +83,143 @@ class _DigitImages(Images):
         return b"P5 8 8 255 " + self.pixels[index].tobytes()  # a greyscale .pgm
 
 
-class Folder:
+class _Splits(ABC):
+    """A source with splits; its validation images may be held out of those for training."""
+
+    classes: Classes
+    splits: dict[str, str]  # where train, val and test are, as far as they are there
+    form: ImageFormat
+
+    @abstractmethod
+    def open(self, split: str) -> Images:
+        """The images of a split that is there."""
+
+    def images(self, split: str) -> Images:
+        """The images of train, val or test."""
+        if split == "test" and "test" in self.splits:
+            images = self.open(split)
+            if (images.labels != IGNORE).any():  # else they are secret, as ImageNet's
+                return images
+        split = "train" if split == "train" else "val"
+        if self.form.val_fraction is None:
+            return self.open(split)
+        whole = self.open("train")
+        held = held_out(whole.labels, self.form.val_fraction)
+        if not held.any():
+            raise ValueError(
+                f"data.val_fraction={self.form.val_fraction}: leaves none of the {len(whole)} images for validation"
+            )
+        return Part(whole, np.flatnonzero(held == (split == "val")))
+
+
+class Folder(_Splits):
     """A folder with val/, train/ to train on and, if there is one, test/; in each, a folder of images for each class.
+
+    With `val_fraction` there is no val/, and where there is no train/ either, the folder itself has the class folders.
 
     Raises:
         ValueError: when one of them is missing; in `images`, when a class is.
     """
 
-    def __init__(self, root: str) -> None:
-        self.root = Path(root)
+    def __init__(self, root: str, form: ImageFormat) -> None:
+        self.root, self.form = Path(root), form
         if not self.root.is_dir():
             raise ValueError(
                 f"data.source={root!r}: no such folder (in {Path.cwd()}); give digits, hf:NAME, or a folder with "
                 "train/ and val/"
             )
+        for name in ("image_column", "label_column"):
+            if getattr(form, name) is not None:
+                raise ValueError(f"data.{name}={getattr(form, name)!r}: leave it out, a folder has no columns")
         found = _subfolders(self.root)
+        self.splits = {"train": "train"} if "train" in found or form.val_fraction is None else {"train": "."}
         val = [name for name in VAL_SPLITS if name in found]
-        if not val:
+        if val and form.val_fraction is not None:
+            raise _has_validation(form, root, f"{val[0]}/")
+        if val:
+            self.splits["val"] = val[0]
+        elif form.val_fraction is None:
             raise self._no_folder("val")
-        # A test/ without class folders has no labels, as ImageNet's
-        test = "test" if "test" in found and _subfolders(self.root / "test") else val[0]
-        self.folders = {"train": self.root / "train", "val": self.root / val[0], "test": self.root / test}
-        self.class_names = self._classes("train" if "train" in found else "val")  # evaluation needs no train/
+        if "test" in found and self.splits["train"] != "." and _subfolders(self.root / "test"):
+            self.splits["test"] = "test"  # one without class folders has no labels, as ImageNet's
+        # Evaluation needs no train/.
+        self.classes = Classes.of(self._folders("val" if "train" not in found and val else "train"))
 
     def _no_folder(self, split: str) -> ValueError:
         found = ", ".join(_subfolders(self.root)) or "none at all"
         return ValueError(
             f"data.source={str(self.root)!r}: has no folder {split}/, but {found}; put the images into train/CLASS/ "
-            "and val/CLASS/"
+            "and val/CLASS/, or let a part of the training images be held out: data.val_fraction 0.1"
         )
 
     def prepare(self) -> None:
         """Nothing to do."""
 
-    def images(self, split: str) -> Images:
+    def open(self, split: str) -> Images:
         """Those of one split; it must have images of every class."""
-        if not self.folders[split].is_dir():
+        place = self.root / self.splits[split]
+        if not place.is_dir():
             raise self._no_folder(split)
-        missing = sorted(set(self.class_names) - set(classes := self._classes(split)))
-        unknown = sorted(set(classes) - set(self.class_names))
-        if missing or unknown:
+        folders = self._folders(split)
+        self._check(place, folders, split)
+        labels = [self.classes.index[name] for name in folders]
+        order = np.argsort(labels, kind="stable").tolist()
+        images = FileImages(place, [folders[i] for i in order], [labels[i] for i in order])
+        empty = [folders[i] for i in order if not np.isin(labels[i], images.labels)]
+        if empty and not (self.classes.mapped and split != "train"):
             raise ValueError(
-                f"{self.folders[split]}: not the classes of {self.folders['train']}: missing {_some(missing)}, "
-                f"unknown {_some(unknown)}; {SORT_BY_CLASS}"
+                f"{place}: no images in class folders: {_some(empty)}; fill them, or remove these classes from every "
+                f"split (images end in {', '.join(ENDINGS)}{_but(images)})"
             )
-        images = FileImages(self.folders[split], classes)
-        empty = np.flatnonzero(np.bincount(images.labels, minlength=len(classes)) == 0)
-        if len(empty):
-            raise ValueError(
-                f"{self.folders[split]}: no images in class folders: {_some([classes[i] for i in empty])}; fill them, "
-                f"or remove these classes from every split (images end in {', '.join(ENDINGS)})"
-            )
+        loose = sum(name.lower().endswith(ENDINGS) for name in os.listdir(place) if not name.startswith("."))
+        if loose:
+            images.left_out = {"image in no class folder": loose, **images.left_out}
         return images
 
-    def _classes(self, split: str) -> list[str]:
-        classes = _subfolders(folder := self.folders[split])
-        if not classes:
+    def _check(self, place: Path, folders: list[str], split: str) -> None:
+        """Compare the folders of a split with the classes that there are."""
+        known = "data.class_map" if self.classes.mapped else str(self.root / self.splits["train"])
+        unknown = [name for name in folders if name not in self.classes.index]
+        found = {self.classes.index.get(name) for name in folders}
+        missing = [name for i, name in enumerate(self.classes.names) if i not in found]
+        if self.classes.mapped and split != "train":
+            missing = []  # a subset of the classes can be evaluated
+        if not missing and not unknown:
+            return
+        if self.classes.mapped:
+            remedy = "add their names to the file" if unknown else "a training needs images of every class"
+        elif missing and unknown:
+            remedy = "name the folders as in train/; other names for the same classes: data.class_map"
+        elif missing:
+            remedy = "add images of them; to evaluate some of the classes give the names of all: data.class_map"
+        else:
+            remedy = "remove them, or add images of them to train/"
+        raise ValueError(
+            f"{place}: not the classes of {known}: missing {_some(missing)}, unknown {_some(unknown)}; {remedy}"
+        )
+
+    def _folders(self, split: str) -> list[str]:
+        folders = _subfolders(folder := self.root / self.splits[split])
+        broken = [name for name in os.listdir(folder) if os.path.islink(folder / name) and not (folder / name).exists()]
+        if any(not name.lower().endswith(ENDINGS) for name in broken):
+            raise ValueError(f"{folder / broken[0]}: a link that leads nowhere; mend or remove it")
+        if not folders:
             raise ValueError(f"{folder}: {len(os.listdir(folder))} files and no class folders; {SORT_BY_CLASS}")
-        return classes
+        return folders
+
+
+def _has_validation(form: ImageFormat, source: str, split: str) -> ValueError:
+    return ValueError(f"data.val_fraction={form.val_fraction}: leave it out, data.source={source!r} has {split}")
 
 
 def _subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted as timm sorts classes."""
+    if not folder.is_dir():
+        return []
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(
+            (entry.name for entry in entries if os.path.isdir(entry) and not entry.name.startswith(".")), key=naturally
+        )
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
@@ -189,113 +228,92 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return f"{len(names)} ({shown})" if names else "none"
 
 
-class FileImages(Images):
-    """Image files below a folder in the order of their names, which all lie in one string of bytes: a million Python
-    objects would be copied into every worker.
-
-    Args:
-        root: a folder, searched with all that is below it, or one file.
-        classes: names of the subfolders that hold the classes. Default: the images have no labels.
-    """  # noqa: D205
-
-    def __init__(self, root: Path, classes: Sequence[str] = ()) -> None:
-        if root.is_file():
-            self.root, found = root.parent, [(_joined([root.name]), [] if root.stat().st_size else [root.name])]
-        else:
-            with ThreadPoolExecutor(16) as pool:  # for file systems that answer slowly
-                self.root, found = root, list(pool.map(partial(_scan, root), classes or [""]))
-        self.names = b"".join(names for names, _ in found)
-        self.ends = np.flatnonzero(np.frombuffer(self.names, np.uint8) == 0)
-        counts = [names.count(0) for names, _ in found]
-        self.labels = np.repeat(np.arange(len(counts)) if classes else IGNORE, counts)
-        self.empty = [str(self.root / name) for _, empty in found for name in empty]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of the names below the folder, which may move."""
-        return hashlib.blake2b(self.names + self.labels.tobytes(), digest_size=8).hexdigest()
-
-    def name(self, index: int) -> str:
-        """The file's path."""
-        start = self.ends[index - 1] + 1 if index else 0
-        return str(self.root / os.fsdecode(self.names[start : self.ends[index]]))
-
-    def data(self, index: int) -> bytes:
-        """The file."""
-        return Path(self.name(index)).read_bytes()
+def counted(left_out: Any) -> str:
+    """What was left out, the most frequent first."""
+    return ", ".join(f"{number:,} {kind}" for kind, number in Counter(left_out).most_common())
 
 
-def _scan(root: Path, folder: str) -> tuple[bytes, list[str]]:
-    """Images below a folder: their names from `root` on, each with a 0 at its end, and of those the empty ones."""
-    names, empty, pending = [], [], [folder]
-    while pending:
-        place = pending.pop()
-        with os.scandir(root / place) as entries:
-            for entry in entries:
-                name = f"{place}/{entry.name}" if place else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending.append(name)
-                elif name.lower().endswith(ENDINGS):
-                    names.append(name)
-                    if entry.stat().st_size == 0:
-                        empty.append(name)
-    return _joined(sorted(names)), empty
+def _but(images: Images) -> str:
+    return f"; left out: {counted(images.left_out)}" if images.left_out else ""
 
 
-def _joined(names: Sequence[str]) -> bytes:
-    return b"".join(os.fsencode(name) + b"\0" for name in names)  # the one byte that no name holds
-
-
-class HuggingFace:
+class HuggingFace(_Splits):
     """`hf:PATH[:CONFIG]`: an image data set of the hub, or a local folder of one, with a column of images and one of
-    class labels (the first of each).
+    labels: class labels, strings or integers.
+
+    The columns are `image_column` and `label_column`, or the first of images, and the first of class labels or else
+    the one that is named label.
 
     Raises:
         ValueError: when it can't be had, has no such column, or no split to validate on.
     """  # noqa: D205
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, form: ImageFormat) -> None:
+        self.spec, self.form = spec, form
+        self.path, self.config, features, splits = _described(spec, "data.source")
+        self.image = _image_column(features, form, spec)
+        self.label = self._label_column(features)
+        val = [name for name in (*VAL_SPLITS, "test") if name in splits]
+        self.splits = {name: name for name in ("train", "test") if name in splits}
+        if form.val_fraction is not None:
+            val = [name for name in val if name != "test"]
+            if val:
+                raise _has_validation(form, spec, f"the split {val[0]}")
+        if "train" not in splits or not (val or form.val_fraction):
+            raise ValueError(
+                f"data.source={spec!r}: needs the splits train and validation or test, but has {', '.join(splits)}; a "
+                "part of train can be held out: data.val_fraction 0.1"
+            )
+        if val[:1] == ["test"]:
+            warnings.warn(
+                f"data.source={spec!r}: has no validation split, so the test split is used; for a part of train give "
+                "data.val_fraction 0.1",
+                stacklevel=2,
+            )
+        if val:
+            self.splits["val"] = val[0]
+        self._names: list[str] | None = getattr(features[self.label], "names", None)  # of class labels
+        self.classes = Classes.of(self._names if self._names is not None else self._values())
+
+    def _label_column(self, features: dict[str, Any]) -> str:
         import datasets
 
-        self.spec = spec
-        self.path, _, config = spec.removeprefix("hf:").partition(":")
-        self.config = config or None
-        try:
-            builder = datasets.load_dataset_builder(self.path, self.config)
-            features, splits = builder.info.features, builder.info.splits
-            if not (features and splits):  # nobody wrote them down: ask the files
-                streamed = builder.as_streaming_dataset()
-                features, splits = next(iter(streamed.values())).features, streamed
-        except Exception as error:  # what the hub's client raises has no common class
-            raise ValueError(f"data.source={spec!r} can't be read: {error}") from error
-        self.image, self.label = (self._column(features or {}, kind) for kind in (datasets.Image, datasets.ClassLabel))
-        self.class_names: list[str] = list(features[self.label].names)
-        val = [name for name in (*VAL_SPLITS, "test") if name in splits]
-        if "train" not in splits or not val:
-            raise ValueError(
-                f"data.source={spec!r}: needs the splits train and validation or test, but has {', '.join(splits)}"
-            )
-        if val[0] == "test":
-            warnings.warn(f"data.source={spec!r}: has no validation split, so the test split is used", stacklevel=2)
-        self.splits = {"train": "train", "val": val[0], "test": "test" if "test" in splits else val[0]}
+        given = self.form.label_column
+        labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        labels += [name for name in ("label", "labels") if name in features and name not in labels]
+        for name in [given] if given else labels:
+            feature = features.get(name)
+            kind = getattr(feature, "dtype", "")
+            if isinstance(feature, datasets.ClassLabel) or "string" in kind or kind.startswith(("int", "uint")):
+                return name
+        found = f"data.label_column={given!r} is none" if given else "set data.label_column; none is a ClassLabel"
+        raise ValueError(
+            f"data.source={self.spec!r}: needs a column of class labels, strings or integers; {found}, but there are "
+            f"{_kinds(features)}"
+        )
 
-    def _column(self, features: dict[str, Any], kind: type) -> str:
-        found = [name for name, feature in features.items() if isinstance(feature, kind)]
-        if not found:
-            columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
-            raise ValueError(f"data.source={self.spec!r}: no column is a datasets.{kind.__name__}, but {columns}")
-        return found[0]
+    def _values(self) -> list[str]:
+        """The labels of the training images, as strings."""
+        found = {str(label) for label in self._load("train").unique(self.label) if not _is_secret(label)}
+        return sorted(found, key=naturally)
 
     def prepare(self) -> None:
         """Download it, if it isn't here."""
         self._load("train")
 
-    def images(self, split: str) -> Images:
+    def open(self, split: str) -> Images:
         """Those of one split."""
-        images = _Rows(self._load(split), self.image, self.label, f"{self.path}/{self.splits[split]}")
-        return self.images("val") if split == "test" and (images.labels == IGNORE).all() else images
+        rows = self._load(split)
+        where = f"{self.path}/{self.splits[split]}"
+        images = _Rows(rows, self.image, where)
+        labels: Any = rows.select_columns(self.label).with_format("numpy" if self._names else None)[:][self.label]
+        names, numbers = self._names, labels
+        if names is None:
+            names = sorted({str(label) for label in labels if not _is_secret(label)}, key=naturally)
+            place = {name: i for i, name in enumerate(names)}
+            numbers = [IGNORE if _is_secret(label) else place[str(label)] for label in labels]
+        images.labels = _numbers(np.asarray(numbers, dtype=np.int64), names, self.classes, where)
+        return images
 
     def _load(self, split: str) -> Any:
         import datasets
@@ -303,26 +321,103 @@ class HuggingFace:
         return datasets.load_dataset(self.path, self.config, split=self.splits[split])
 
 
+def _is_secret(label: Any) -> bool:
+    """Whether it says that an image has no label: nothing, or the hub's -1."""
+    return label is None or (isinstance(label, int) and label < 0)
+
+
+def _numbers(labels: NDArray[np.int64], names: Sequence[str], classes: Classes, where: str) -> NDArray[np.int64]:
+    """Numbers of a data set's own `names`, as numbers of the classes; IGNORE for those below 0."""
+    number = np.asarray([classes.index.get(name, -1) for name in names] or [-1], dtype=np.int64)
+    labels = np.where(labels < 0, IGNORE, labels)
+    used = np.unique(labels[labels >= 0])
+    if unknown := [names[i] for i in used.tolist() if number[i] < 0]:
+        known = "data.class_map" if classes.mapped else "train"
+        raise ValueError(f"{where}: not the classes of {known}: unknown {_some(unknown)}; add them there")
+    return np.where(labels < 0, IGNORE, number[labels.clip(0)])
+
+
+def _described(spec: str, setting: str) -> tuple[str, str | None, dict[str, Any], list[str]]:
+    """Path, config, features and splits of a Hugging Face data set."""
+    import datasets
+
+    path, _, config = spec.removeprefix("hf:").partition(":")
+    try:
+        builder = datasets.load_dataset_builder(path, config or None)
+        features, splits = builder.info.features, builder.info.splits
+        if not (features and splits):  # nobody wrote them down: ask the files
+            streamed = builder.as_streaming_dataset()
+            features, splits = next(iter(streamed.values())).features, streamed
+    except Exception as error:  # what the hub's client raises has no common class
+        raise ValueError(f"{setting}={spec!r} can't be read: {error}") from error
+    return path, config or None, features or {}, list(splits)
+
+
+def _image_column(features: dict[str, Any], form: ImageFormat, spec: str) -> str:
+    import datasets
+
+    given = form.image_column
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if given in features or (given is None and found):
+        return given or found[0]
+    problem = f"data.image_column={given!r} is no column" if given else "set data.image_column; none is an Image"
+    raise ValueError(f"data.source={spec!r}: needs a column of images; {problem}, but there are {_kinds(features)}")
+
+
+def _kinds(features: dict[str, Any]) -> str:
+    return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+
+
 class _Rows(Images):
-    def __init__(self, dataset: Any, image: str, label: str, where: str) -> None:
+    """Images of a Hugging Face data set, without labels."""
+
+    def __init__(self, dataset: Any, image: str, where: str) -> None:
         import datasets
 
         self.image, self.where = image, where
-        labels = np.asarray(dataset.select_columns(label).with_format("numpy")[:][label], dtype=np.int64)
-        self.labels = np.where(labels < 0, IGNORE, labels)  # the hub's sign for a secret label is -1
+        self.labels = np.full(len(dataset), IGNORE)
         self.dataset = dataset.select_columns(image).cast_column(image, datasets.Image(decode=False))
 
     def name(self, index: int) -> str:
-        path = self.dataset[index][self.image]["path"]  # a name, or where the file was when the data set was made
+        stored = self.dataset[int(index)][self.image] or {}
+        path = stored.get("path")  # a name, or where the file was when the data set was made
         return f"{self.where}/{Path(path).name if path else index}"
 
     def data(self, index: int) -> bytes:
-        stored = self.dataset[index][self.image]
+        stored = self.dataset[int(index)][self.image]
+        if stored is None:
+            raise ValueError("there is none in this row")
         return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
 
 
-def open_source(spec: str) -> Source:
+def open_source(spec: str, form: ImageFormat = ImageFormat()) -> Source:
     """The source that `data.source` names: `digits`, `hf:...`, or a folder."""
     if spec == "digits":
+        if form != ImageFormat():
+            raise ValueError("data.source=digits: has a validation split and no columns; leave out what names them")
         return Digits()
-    return HuggingFace(spec) if spec.startswith("hf:") else Folder(spec)
+    return HuggingFace(spec, form) if spec.startswith("hf:") else Folder(spec, form)
+
+
+def open_unlabelled(spec: str, form: ImageFormat) -> Images:
+    """The images that `data.predict_source` names: a folder, a file, a glob, or `hf:PATH[:CONFIG][@SPLIT]`."""
+    where = f"data.predict_source={spec!r}"
+    if spec.startswith("hf:"):
+        import datasets
+
+        spec, _, split = spec.partition("@")
+        path, config, features, splits = _described(spec, "data.predict_source")
+        if (split or len(splits) != 1) and split not in splits:
+            raise ValueError(f"{where}: say which split, hf:PATH[:CONFIG]@SPLIT; it has {', '.join(splits)}")
+        split = split or splits[0]
+        rows = datasets.load_dataset(path, config, split=split)
+        return _Rows(rows, _image_column(features, form, spec), f"{path}/{split}")
+    if Path(spec).exists():
+        return FileImages(Path(spec))
+    found = sorted(name for name in glob.glob(spec, recursive=True) if os.path.isfile(name))
+    if not found:
+        raise ValueError(f"{where}: no such file or folder, and no pattern of files (in {Path.cwd()})")
+    images = FileImages(Path(), [name for name in found if name.lower().endswith(ENDINGS)])
+    endings = (os.path.splitext(name)[1].lower() for name in found if not name.lower().endswith(ENDINGS))
+    images.left_out = Counter(ending or "without an ending" for ending in endings)
+    return images

@@ -2,20 +2,22 @@
 
 import re
 import warnings
-from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.data.auto_augment import posterize
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from datamodules.image_batches import AugmentedBatches, EvalBatch, OrderedImages
-from datamodules.image_sources import FileImages, Images, open_source
-from datamodules.loader import StreamDataModule, StreamLoader, loading, rank_and_world_size
+from datamodules.image_batches import AugmentedBatches, OrderedImages
+from datamodules.image_classes import read_class_map
+from datamodules.image_files import ENDINGS, Images
+from datamodules.image_sources import ImageFormat, counted, open_source, open_unlabelled
+from datamodules.loader import IGNORE, Loader, StreamDataModule, StreamLoader, loading, rank_and_world_size
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
@@ -27,6 +29,12 @@ class ImageDataModule(StreamDataModule):
     Args:
         source: digits (scikit-learn's, 8x8), a folder with train/CLASS/ and val/CLASS/ (test/CLASS/ too, or the test
             runs on val/), or hf:NAME[:CONFIG], a Hugging Face data set of the hub or a local folder of one.
+        val_fraction: share of the training images, of each class, to hold out where there is no validation split.
+        image_column: of a Hugging Face data set. Default: the first column of images.
+        label_column: the same, of class labels, strings or integers. Default: the first of class labels, or `label`.
+        class_map: a text file, a line for each class in the order of the model's outputs: its name, and after tabs
+            other names that it has in the data. For an evaluation of some of a model's classes, which are then told
+            apart from each other only, or under other names. Default: the data's classes, in timm's order.
         image_size: height and width that the model sees, S.
         batch_size: images of a batch on each device, B.
         crop: of training images. resized: a random part, resized; padded: a random place on a black margin of S/8;
@@ -42,13 +50,14 @@ class ImageDataModule(StreamDataModule):
             samples as ever, so it takes `repeats` of them to see all images.
         crop_pct: share of the resized image's side that evaluation keeps.
         interpolation: of every resize.
-        mean: of each channel, subtracted.
-        std: of each channel, divided by.
+        in_channels: 3 for RGB, 1 for grey.
+        mean: of each channel, subtracted; grey takes the mean of three.
+        std: of each channel, divided by; grey takes the mean of three.
         skip_unreadable: train on the next image in place of one that can't be read, and count it.
         num_workers: processes that load batches.
         seed: of the order of samples and of the augmentation.
-        predict_source: images for `predict`: a folder, searched with all that is below it, or a file. Default: the
-            validation images.
+        predict_source: images for `predict`: a folder, searched with all that is below it, a file, a glob, or
+            hf:NAME[:CONFIG][@SPLIT]. Default: the validation images.
 
     Raises:
         ValueError: for a setting out of range, a source that isn't there or has no classes; in `setup`, for splits
@@ -58,6 +67,10 @@ class ImageDataModule(StreamDataModule):
     def __init__(
         self,
         source: str = "digits",
+        val_fraction: float | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        class_map: str | None = None,
         image_size: int = 224,
         batch_size: int = 128,
         crop: Literal["resized", "padded", "none"] = "resized",
@@ -71,8 +84,9 @@ class ImageDataModule(StreamDataModule):
         repeats: int = 1,
         crop_pct: float = 0.875,
         interpolation: Literal["bilinear", "bicubic"] = "bicubic",
-        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
-        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        in_channels: Literal[1, 3] = 3,
+        mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
         skip_unreadable: bool = False,
         num_workers: int = 4,
         seed: int = 0,
@@ -96,6 +110,13 @@ class ImageDataModule(StreamDataModule):
                 raise ValueError(f"data.{name}={value}: must be {limit}")
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"data.scale={scale}: must be two shares of the image, 0 < smallest <= largest <= 1")
+        if val_fraction is not None and not 0 < val_fraction < 1:
+            raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1")
+        if in_channels == 1:
+            mean, std = ((sum(values) / len(values),) for values in (mean, std))
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != in_channels:
+                raise ValueError(f"data.{name}={values}: needs {in_channels} numbers, one of each channel")
         if not 0 < crop_pct <= 1:
             raise ValueError(f"data.crop_pct={crop_pct}: must be above 0 and at most 1")
         if rand_augment is not None and not re.fullmatch(r"rand(-[a-z]+[\d.]+)+", rand_augment):
@@ -108,6 +129,7 @@ class ImageDataModule(StreamDataModule):
         if (mixup or cutmix) and batch_size % 2:
             raise ValueError(f"data.batch_size={batch_size}: mixup and cutmix mix pairs, so it must be even")
         self.image_size, self.batch_size, self.repeats, self.seed = image_size, batch_size, repeats, seed
+        self.in_channels: int = in_channels
         self.mean, self.std, self.crop_pct, self.interpolation = mean, std, crop_pct, interpolation
         self.skip_unreadable, self.num_workers, self.predict_source = skip_unreadable, num_workers, predict_source
 
@@ -136,12 +158,32 @@ class ImageDataModule(StreamDataModule):
             self.train_transform.transforms[0] = transforms.Compose([resize, center_crop])
 
         # Known before any image is read, since the model's head is built from it.
-        self._source = open_source(source)
-        self.class_names = self._source.class_names
+        self._form = ImageFormat(val_fraction, image_column, label_column)
+        self._source = open_source(source, self._form)
+        if class_map is not None:
+            self._source.classes = read_class_map(class_map)
         self.num_classes = len(self.class_names)
         self.mix = Mixup(mixup, cutmix, label_smoothing=0, num_classes=self.num_classes) if mixup or cutmix else None
         self._images: dict[str, Images] = {}
         self._unreadable = torch.zeros(0, dtype=torch.bool)
+
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of the model's outputs."""
+        return self._source.classes.names
+
+    def set_class_order(self, names: list[str]) -> None:
+        """Take the order of a model that knows the same classes."""
+        self._source.classes = self._source.classes.in_order_of(names)
+        self._images.clear()
+
+    def some_classes(self, split: str) -> list[int] | None:
+        """The classes that the split has images of, where a class map names more; None for all."""
+        if not self._source.classes.mapped:
+            return None
+        labels = self.images(split).labels
+        found: list[int] = np.unique(labels[labels >= 0]).tolist()
+        return found if len(found) < self.num_classes else None
 
     def prepare_data(self) -> None:
         """Download what isn't here."""
@@ -165,15 +207,19 @@ class ImageDataModule(StreamDataModule):
             return self.images("val")
         else:
             where = f"data.predict_source={self.predict_source!r}"
-            if not Path(self.predict_source).exists():
-                raise ValueError(f"{where}: no such file or folder (in {Path.cwd()})")
-            images = FileImages(Path(self.predict_source))
+            images = open_unlabelled(self.predict_source, self._form)
+        left_out = f"; left out: {counted(images.left_out)}" if images.left_out else ""
         if not len(images):
-            raise ValueError(f"{where}: no images in it")
-        if images.empty and not (split == "train" and self.skip_unreadable):
+            raise ValueError(f"{where}: no images in it{left_out} (images end in {', '.join(ENDINGS)})")
+        if images.empty and not (split == "predict" or (split == "train" and self.skip_unreadable)):
             raise ValueError(
-                f"{where}: {len(images.empty)} of its files are empty, the first {images.empty[0]}; copy them again"
+                f"{where}: {len(images.empty)} of its files are empty or links that lead nowhere, the first "
+                f"{images.empty[0]}; copy them again"
             )
+        if split == "train" and (images.labels == IGNORE).any():
+            raise ValueError(f"{where}: {int((images.labels == IGNORE).sum()):,} of its images have no label")
+        if left_out:
+            rank_zero_info(f"{where}: {len(images):,} images{left_out}")
         return images
 
     def order(self) -> dict[str, int | str]:
@@ -191,11 +237,16 @@ class ImageDataModule(StreamDataModule):
         return self.images(split).name(index)
 
     def image_of(self, split: str, index: int) -> Tensor:
-        """What evaluation sees of an image, before it is normalised: uint8 (3, S, S)."""
-        return self.picture_transform(self.images(split).read(index))
+        """What evaluation sees of an image, before it is normalised: uint8 (channels, S, S)."""
+        return self.picture_transform(self.images(split).read(index, self._mode))
+
+    @property
+    def _mode(self) -> str:
+        """Pillow's name for the colors."""
+        return "RGB" if self.in_channels == 3 else "L"
 
     def denormalise(self, images: Tensor) -> Tensor:
-        """Images of a batch as pictures: (..., 3, S, S), each value from 0 to 1."""
+        """Images of a batch as pictures: (..., channels, S, S), each value from 0 to 1."""
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1)
 
@@ -205,7 +256,7 @@ class ImageDataModule(StreamDataModule):
         return int(self._unreadable.sum())
 
     def train_dataloader(self) -> StreamLoader:
-        """This rank's share of the shuffled stream: images float32 (B, 3, S, S), targets int64 (B).
+        """This rank's share of the shuffled stream: images float32 (B, channels, S, S), targets int64 (B).
 
         With mixup or cutmix the targets are probabilities, float32 (B, C).
         """
@@ -213,6 +264,7 @@ class ImageDataModule(StreamDataModule):
         self._unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         stream = AugmentedBatches(
             images,
+            self._mode,
             self.train_transform,
             self.image_size,
             self.mix,
@@ -223,25 +275,30 @@ class ImageDataModule(StreamDataModule):
         )
         return StreamLoader(stream, self.trainer.accumulate_grad_batches if self.trainer else 1, self.num_workers)
 
-    def val_dataloader(self) -> DataLoader[EvalBatch]:
+    def val_dataloader(self) -> Loader:
         """Every validation image once."""
         return self._in_order("val")
 
-    def test_dataloader(self) -> DataLoader[EvalBatch]:
+    def test_dataloader(self) -> Loader:
         """Every test image once."""
         return self._in_order("test")
 
-    def predict_dataloader(self) -> DataLoader[EvalBatch]:
-        """Every image of `predict_source` once."""
+    def predict_dataloader(self) -> Loader:
+        """Every image of `predict_source` once; one that can't be read has the label UNREADABLE."""
         return self._in_order("predict")
 
-    def _in_order(self, split: str) -> DataLoader[EvalBatch]:
+    def _in_order(self, split: str) -> Loader:
         batches = OrderedImages(
-            self.images(split), self.eval_transform, self.image_size, (self.batch_size, *rank_and_world_size(self))
+            self.images(split),
+            self._mode,
+            self.eval_transform,
+            self.image_size,
+            skip_unreadable=split == "predict",
+            place=(self.batch_size, *rank_and_world_size(self)),
         )
-        return DataLoader(batches, **loading(self.num_workers), persistent_workers=self.num_workers > 0)
+        return Loader(batches, **loading(self.num_workers), persistent_workers=self.num_workers > 0)
 
 
 def _posterize(image: Image.Image, bits: int, **settings: object) -> Image.Image:
     """timm's, which asks Pillow for 0 bits now and then: black, but an error since Pillow 13."""
-    return posterize(image, bits, **settings) if bits else Image.new("RGB", image.size)
+    return posterize(image, bits, **settings) if bits else Image.new(image.mode, image.size)

@@ -2,6 +2,7 @@
 
 import signal
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
@@ -36,7 +37,14 @@ class _Batches(IterableDataset[Any], ABC):
         skip, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for start in islice(self.starts(), skip, None, stride):
             first = start + self.rank * self.batch_size
-            yield self.batch_at(np.arange(first, first + self.batch_size))
+            try:
+                batch = self.batch_at(np.arange(first, first + self.batch_size))
+            except (ValueError, OSError) as error:
+                if worker is None:
+                    raise
+                error.add_note(f"in process {worker.id} of those that load data:\n{traceback.format_exc()}")
+                batch = error  # torch would hide its one line behind forty
+            yield batch
 
 
 class Stream(_Batches):
@@ -64,7 +72,21 @@ class Ordered(_Batches):
         return range(0, self.num_samples, self.global_batch)
 
 
-class StreamLoader(DataLoader[Any]):
+class Loader(DataLoader[Any]):
+    """DataLoader, which raises what a user can cause in a worker as it was raised there."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return map(_checked, super().__iter__())
+
+
+def _checked(batch: Any) -> Any:
+    """The batch, if it is none of a worker's errors."""
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
+
+
+class StreamLoader(Loader):
     """The shuffled stream. Its state is one integer: how many samples all ranks have had.
 
     Batches run over from one epoch into the next, so no sample is lost or comes twice, whatever the number of ranks
@@ -89,7 +111,7 @@ class StreamLoader(DataLoader[Any]):
             self._iterator = self._get_iterator()
         for _ in range(self._length):
             start = time.perf_counter()
-            batch = next(self._iterator)
+            batch = _checked(next(self._iterator))
             self.waited += time.perf_counter() - start
             self._stream.position += self._stream.global_batch  # counts what was handed out, not what was prefetched
             yield batch

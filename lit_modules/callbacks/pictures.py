@@ -61,7 +61,7 @@ class Pictures(Callback):
         for axes in figure.subplots(4, 4).flat:
             axes.axis("off")
         for axes, (_, place, label, taken_for, probability) in zip(figure.axes, self._mistakes, strict=False):
-            axes.imshow(data.image_of("val", place).permute(1, 2, 0).numpy())
+            axes.imshow(data.image_of("val", place).permute(1, 2, 0).numpy(), cmap="gray")  # for one channel
             axes.set_title(f"{names[label]}\nas {names[taken_for]} ({probability:.0%})", fontsize=8)
         figure.subplots_adjust(0.02, 0.02, 0.98, 0.9, 0.1, 0.35)  # an automatic layout takes thrice as long
         figure.suptitle(f"worst mistakes at step {trainer.global_step}")

@@ -10,6 +10,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from pyarrow.parquet import ParquetWriter
 
+UNREADABLE = -101  # label of an image that can't be read
+
 
 class _OnOneDevice(Callback):
     """What both writers do."""
@@ -21,6 +23,12 @@ class _OnOneDevice(Callback):
             raise ValueError(f"predict on {trainer.world_size} devices: give --trainer.devices 1")
         self._path = Path(trainer.default_root_dir) / self.name
         self._written = 0
+        self._file: Any = None
+
+    def on_exception(self, *_: Any) -> None:
+        """Whatever ends it, the file can be read, with what there is."""
+        if getattr(self, "_file", None) is not None:
+            self._file.close()
 
 
 class TokenPredictions(_OnOneDevice):
@@ -54,7 +62,7 @@ class ImagePredictions(_OnOneDevice):
     """`tokenformer predict` writes `predictions.parquet` into the run's folder, a row of each image.
 
     Columns: file; target (its class where that is known, else null); label (the likeliest class); top5 (the five
-    likeliest, best first); probabilities (theirs).
+    likeliest, best first); probabilities (theirs). Of an image that can't be read the last three are null.
 
     Raises:
         ValueError: with several devices; the images are in order on one only.
@@ -73,24 +81,30 @@ class ImagePredictions(_OnOneDevice):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_predict_start(trainer, pl_module)
-        self._writer = ParquetWriter(self._path, self.schema)
+        self._file, self._unreadable = ParquetWriter(self._path, self.schema), 0
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # type: ignore[override]
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         names = data.class_names
-        targets, places = batch[1].tolist(), batch[2].tolist()
-        top5 = [[names[c] for c in classes] for classes in outputs["classes"].tolist()]
+        places = batch[2][real := batch[2] >= 0].tolist()
+        targets = batch[1][real].tolist()
+        top5: list[Any] = [[names[c] for c in classes] for classes in outputs["classes"].tolist()]
+        probabilities = outputs["probabilities"].tolist()
+        for i in (i for i, target in enumerate(targets) if target == UNREADABLE):
+            top5[i] = probabilities[i] = None
+            self._unreadable += 1
         rows = {
             # A name that is not UTF-8 is written with its bytes replaced.
-            "file": [os.fsencode(data.file_of("predict", i)).decode(errors="replace") for i in places if i >= 0],
-            "target": [names[t] if t >= 0 else None for t, place in zip(targets, places, strict=True) if place >= 0],
-            "label": [classes[0] for classes in top5],
+            "file": [os.fsencode(data.file_of("predict", place)).decode(errors="replace") for place in places],
+            "target": [names[target] if target >= 0 else None for target in targets],
+            "label": [classes and classes[0] for classes in top5],
             "top5": top5,
-            "probabilities": outputs["probabilities"].tolist(),
+            "probabilities": probabilities,
         }
-        self._writer.write_batch(pa.record_batch(rows, schema=self.schema))
+        self._file.write_batch(pa.record_batch(rows, schema=self.schema))
         self._written += len(top5)
 
     def on_predict_end(self, *_: Any) -> None:
-        self._writer.close()
-        rank_zero_info(f"{self._written} images written to {self._path}")
+        self._file.close()
+        without = f", {self._unreadable} of them without prediction: they can't be read" if self._unreadable else ""
+        rank_zero_info(f"{self._written} images written to {self._path}{without}")

@@ -2,7 +2,7 @@
 
 CKPT is what `tokenformer fit` or `tokenformer grow` wrote: one file, or the folder of a sharded checkpoint (FSDP2). DIR
 gets model.safetensors (parameter tokens that share a norm joined), config.json, a model card, and for a language model
-its tokenizer, which is found by the run's config.yaml.
+its tokenizer, which is found by the run's config.yaml, for an image model class_map.txt, its classes in their order.
 
   tokenformer export runs/small/20260131-120000-ab12/checkpoints/step-00002000.ckpt --out models/small
   tokenformer export step-00002000.ckpt --out models/small --weights raw --dtype bfloat16 --tokenizer tokenizer.json
@@ -23,6 +23,7 @@ from lit_modules.checkpoints.reading import config_of, read_checkpoint, run_dir_
 from lit_modules.commands.model_card import model_card
 from lit_modules.commands.tokenizers import save_tokenizer, tokenizer_of
 from lit_modules.modules.loading import Weights, model_from_checkpoint
+from lit_modules.modules.vision import CLASS_MAP
 from tokenformer import TokenFormerLM, save_pretrained
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -63,6 +64,9 @@ def export(
                 notes.append(f"no tokenizer was written; {error}")
         elif tokenizer is not None:
             raise ValueError(f"--tokenizer {tokenizer}: leave it out, {source} is an image model")
+        elif "class_names" in checkpoint:
+            text = "".join(f"{name}\n" for name in checkpoint["class_names"])
+            (folder / CLASS_MAP).write_text(text, encoding="utf-8")
         both = "current_model_state" in checkpoint
         kind = {"average": "the moving average of the weights", "raw": "the weights, not their average"}[weights]
         origin = f"From `{source.name}`" + (f": {kind}" if both else "") + (f", as {dtype}" if dtype else "") + "."

@@ -3,10 +3,12 @@
 from dataclasses import asdict
 from difflib import get_close_matches
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,6 +26,10 @@ IGNORE = -100  # label of rows that fill up a batch, and of images that have non
 
 TrainBatch = tuple[Tensor, Tensor]  # images (B, 3, H, W), labels (B,) or soft targets (B, C)
 EvalBatch = tuple[Tensor, Tensor, Tensor]  # images, labels (B,), places in the split (B,), -1 where it only fills up
+
+CLASS_MAP = (
+    "class_map.txt"  # beside an exported model: a line for each class in the order of its outputs, as timm reads it
+)
 
 PROBE_IMAGES = 16  # enough to see a change; a whole batch would take longer than the growth
 
@@ -131,8 +137,10 @@ class VisionModule(TokenFormerModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
-        if self.config.in_channels != 3:
-            raise ValueError(f"model.config.in_channels={self.config.in_channels}: the data has 3 channels")
+        if self.config.in_channels != (channels := getattr(data, "in_channels", 3)):
+            raise ValueError(
+                f"model.config.in_channels={self.config.in_channels}: data.in_channels={channels}; set both"
+            )
         if data.num_classes != self.config.num_classes:
             raise ValueError(
                 f"model.config.num_classes={self.config.num_classes} but the data has {data.num_classes} classes"
@@ -147,6 +155,22 @@ class VisionModule(TokenFormerModule):
                 f"data.image_size={data.image_size} is not a whole number of patches of "
                 f"model.config.patch_size={self.config.patch_size}"
             )
+        if self.init_from is not None:
+            self._take_class_order_of(Path(self.init_from), data)
+
+    def _take_class_order_of(self, folder: Path, data: Any) -> None:
+        """Read the same classes as an exported model in its order of them."""
+        if (folder / CLASS_MAP).is_file():
+            names = (folder / CLASS_MAP).read_text(encoding="utf-8").splitlines()
+            if names != data.class_names and sorted(names) == sorted(data.class_names):
+                data.set_class_order(names)
+                rank_zero_info(f"the classes are in the order of {folder}, not in that of new runs")
+        elif sorted(data.class_names) != data.class_names:
+            rank_zero_warn(
+                f"model.init_from={self.init_from!r}: has no {CLASS_MAP}, so its classes are taken to be in the order "
+                f"of the data, {', '.join(data.class_names[:12])}, ...; older versions sorted the names of folders as "
+                f"strings: if one wrote it, put a {CLASS_MAP} there, a line for each class in that order"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history, and what the outputs stand for."""
@@ -155,16 +179,22 @@ class VisionModule(TokenFormerModule):
             checkpoint["class_names"] = data.class_names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the size of the saved model; refuse one whose outputs stand for other classes."""
+        """Take the size of the saved model, and the order of its classes; refuse one that knows others."""
         super().on_load_checkpoint(checkpoint)
         data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         saved = checkpoint.get("class_names")
-        if data is not None and saved is not None and saved != data.class_names:
+        if data is None or saved is None or saved == data.class_names:
+            return
+        if sorted(saved) == sorted(data.class_names):
+            data.set_class_order(saved)
+            rank_zero_info("the classes are in the order of the checkpoint, not in that of new runs")
+        else:
             pairs = zip_longest(saved, data.class_names)
             number, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
             raise ValueError(
                 f"the checkpoint knows {len(saved)} classes, data.source has {len(data.class_names)}; the first that "
-                f"differs is number {number}: {theirs!r} in the checkpoint, {ours!r} in the data"
+                f"differs is number {number}: {theirs!r} in the checkpoint, {ours!r} in the data; to evaluate some of "
+                "the classes, or classes under other names, give data.class_map"
             )
 
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
@@ -210,11 +240,20 @@ class VisionModule(TokenFormerModule):
         self._top5.reset()
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self._sums = torch.zeros(2, dtype=wide, device=self.device)  # nats, images
+        data: Any = getattr(self.trainer, "datamodule", None)
+        some = data.some_classes("test" if self.trainer.testing else "val") if hasattr(data, "some_classes") else None
+        self._absent: Tensor | None = None  # (C), true of classes that the split knows nothing of
+        if some is not None:
+            self._absent = torch.ones(self.config.num_classes, dtype=torch.bool, device=self.device)
+            self._absent[some] = False
+            rank_zero_info(f"{len(some)} of {self.config.num_classes} classes have images: the others are ruled out")
 
     def evaluate(self, batch: EvalBatch) -> dict[str, Tensor]:
         """Add the batch to the sums; its logits (B, C) and losses (B,)."""
         images, labels, _ = batch
         logits = self._model(images).float()
+        if self._absent is not None:
+            logits = logits.masked_fill(self._absent, -torch.inf)
         losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
         self._top1.update(logits, labels)
         self._top5.update(logits, labels)

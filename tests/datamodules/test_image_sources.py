@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.image_sources import FileImages, UnreadableImage, open_source
+from datamodules.image_files import FileImages, UnreadableImage
+from datamodules.image_sources import open_source
 
 
 def write_image(path, color=(10, 20, 30), size=(8, 8), mode="RGB", **settings):
@@ -33,7 +34,7 @@ def test_a_folder_is_listed_in_the_order_of_names(folder):
         (folder / other).write_text("no image")
     (folder / "train/.cache").mkdir()
     source = open_source(str(folder))
-    assert source.class_names == ["cat", "dog"]
+    assert source.classes.names == ["cat", "dog"]
     images = source.images("train")
     names = [str(folder / "train" / name) for name in ("cat/0.png", "cat/1.png", "cat/10.JPEG", "cat/images/deep.png")]
     names += [str(folder / "train" / name) for name in ("dog/0.png", "dog/1.png", "dog/häßlich.png")]
@@ -78,6 +79,10 @@ def rename_class(folder):
     (folder / "val/cat").rename(folder / "val/cow")
 
 
+def add_class(folder):
+    write_image(folder / "val/cow/0.png")
+
+
 def empty_class(folder):
     (folder / "train/cat/0.png").unlink()
     (folder / "train/cat/1.png").unlink()
@@ -93,7 +98,12 @@ def empty_class(folder):
         ),
         (lambda folder: shutil.rmtree(folder / "val"), "has no folder val/, but train; "),
         (flatten, r"pets/val: 2 files and no class folders; move each image .* while read .*val_annotations.*devkit"),
-        (rename_class, r"val: not the classes of .*train: missing 1 \(cat\), unknown 1 \(cow\); move each image"),
+        (rename_class, r"val: not the classes of .*train: missing 1 \(cat\), unknown 1 \(cow\); name the folders as"),
+        (
+            lambda folder: shutil.rmtree(folder / "val/cat"),
+            r"val: .*missing 1 \(cat\), unknown none; add images of them; ",
+        ),
+        (add_class, r"val: .*missing none, unknown 1 \(cow\); remove them, or add images of them to train/"),
         (empty_class, r"train: no images in class folders: 1 \(cat\); fill them"),
     ],
 )
@@ -150,7 +160,7 @@ def test_a_broken_image_names_its_file(tmp_path, kept):
 def test_digits():
     source = open_source("digits")
     train, val = source.images("train"), source.images("val")
-    assert (len(train), len(val), source.class_names) == (1437, 360, list("0123456789"))
+    assert (len(train), len(val), source.classes.names) == (1437, 360, list("0123456789"))
     assert {train.name(i) for i in range(1437)} | {val.name(i) for i in range(360)} == {
         f"digits/{i}" for i in range(1797)
     }
@@ -188,7 +198,7 @@ def test_a_hugging_face_data_set(parquet):
     parquet("test", [-1, -1])  # secret, as ImageNet's
     source = open_source(spec)
     source.prepare()
-    assert source.class_names == ["cat", "dog", "cow"]
+    assert source.classes.names == ["cat", "dog", "cow"]
     train = source.images("train")
     assert train.labels.tolist() == [0, 1, 2, 1]
     assert [np.asarray(train.read(i))[0, 0, 0] for i in range(4)] == [0, 1, 2, 3]
@@ -218,17 +228,17 @@ def test_a_hugging_face_data_set_without_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (8, 8))], "text": ["a cat"]})
     rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "train-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match=r"no column is a datasets.ClassLabel, but image \(Image\), text \(Value\)"):
+    with pytest.raises(ValueError, match=r"set data.label_column; .* there are image \(Image\), text \(Value\)"):
         open_source(f"hf:{tmp_path}")
 
 
 def test_real_images(shared_data):
     cifar = open_source(str(shared_data / "images/cifar10"))
-    assert (len(cifar.class_names), len(cifar.images("train")), len(cifar.images("val"))) == (10, 5000, 1000)
+    assert (len(cifar.classes.names), len(cifar.images("train")), len(cifar.images("val"))) == (10, 5000, 1000)
     assert cifar.images("train").read(0).size == (32, 32)
     tiny = open_source(str(shared_data / "images/tiny-imagenet-20"))
     val = tiny.images("val")
-    assert (len(tiny.class_names), len(tiny.images("train")), len(val)) == (20, 4000, 1000)
+    assert (len(tiny.classes.names), len(tiny.images("train")), len(val)) == (20, 4000, 1000)
     modes = []
     for i in range(0, len(val), 5):
         with Image.open(val.name(i)) as image:

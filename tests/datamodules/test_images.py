@@ -276,8 +276,12 @@ def broken(folder, tmp_path, *names):
 def test_training_stops_at_an_image_that_can_not_be_read(folder, tmp_path, num_workers):
     (path,) = broken(folder, tmp_path, "class1/04.png")
     loader = module(tmp_path, num_workers=num_workers).train_dataloader()
-    with pytest.raises(ValueError, match=rf"{path}: can't be read .* data\.skip_unreadable=true"):
+    with pytest.raises(ValueError, match=rf"^{path}: can't be read .* data\.skip_unreadable=true") as caught:
         take(loader, 6)
+    assert "\n" not in str(caught.value)  # one line
+    assert bool(num_workers) == (
+        "Traceback" in "".join(getattr(caught.value, "__notes__", []))
+    )  # for TOKENFORMER_DEBUG
     CombinedLoader(loader).reset()  # as the trainer does when it stops
 
 
@@ -319,19 +323,21 @@ def test_a_disk_that_is_gone_stops_even_so(folder, tmp_path):
         take(data.train_dataloader(), 1)
 
 
-def test_evaluation_never_skips(folder, tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_never_skips(folder, tmp_path, num_workers):
     (path,) = broken(folder, tmp_path, "class1/04.png")
     (tmp_path / "val").unlink()
     (tmp_path / "val").symlink_to(tmp_path / "train")
-    data = module(tmp_path, skip_unreadable=True)
-    with pytest.raises(ValueError, match=rf"val/class1/{path.name}: can't be read"):
+    data = module(tmp_path, skip_unreadable=True, num_workers=num_workers)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/val/class1/{path.name}: can't be read") as caught:
         list(data.val_dataloader())
+    assert "\n" not in str(caught.value)
 
 
 def test_empty_files_are_found_before_the_first_epoch(folder, tmp_path):
     (path,) = broken(folder, tmp_path, "class1/04.png")
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match=f"train split: 1 of its files are empty, the first {path}"):
+    with pytest.raises(ValueError, match=f"train split: 1 of its files are empty .*, the first {path}"):
         module(tmp_path)
     assert module(tmp_path, skip_unreadable=True).num_images("train") == 23
 
@@ -419,8 +425,42 @@ def test_images_to_predict(folder, tmp_path):
     assert predictions(folder, predict_source=paths[1]) == ([-100], paths[1:2])
 
 
+@pytest.mark.filterwarnings("ignore:.*its row has no prediction")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_to_predict_that_can_not_be_read_have_a_label_of_their_own(folder, tmp_path, num_workers):
+    paths = broken(folder, tmp_path, "class0/03.png", "class1/04.png")
+    paths[1].write_bytes(b"")
+    data = ImageDataModule(
+        str(folder), image_size=16, batch_size=8, num_workers=num_workers, predict_source=str(tmp_path)
+    )
+    data.setup("predict")
+    for images, labels, indices in data.predict_dataloader():
+        for image, label, index in zip(images, labels.tolist(), indices.tolist(), strict=True):
+            unreadable = index >= 0 and data.file_of("predict", index) in map(str, paths)
+            assert label == (-101 if unreadable else -100)
+            assert bool(image.any()) == (index >= 0 and not unreadable)
+
+
 def test_nothing_to_predict_is_reported(folder, tmp_path):
     with pytest.raises(ValueError, match=r"data.predict_source='.*': no images in it"):
         predictions(folder, predict_source=str(tmp_path))
     with pytest.raises(ValueError, match=r"data.predict_source='nowhere': no such file or folder"):
         predictions(folder, predict_source="nowhere")
+
+
+def test_grey_images(folder):
+    """Of one channel, everything that is done to colored ones; evaluation is timm's."""
+    data = module(folder, in_channels=1, batch_size=8, color_jitter=0.0, **EVERYTHING)
+    for images, _ in take(data.train_dataloader(), 6):
+        assert images.shape == (8, 1, 16, 16)
+    assert (data.mean, data.std) == (pytest.approx((0.449,), abs=1e-3), pytest.approx((0.226,), abs=1e-3))
+    theirs = timm.data.create_dataset("", root=str(folder / "val"), input_img_mode="L")
+    theirs.transform = timm.data.create_transform((1, 16, 16), interpolation="bicubic", mean=data.mean, std=data.std)
+    images, _, _ = next(iter(data.val_dataloader()))
+    assert images.shape == (8, 1, 16, 16)
+    assert all(torch.equal(image, theirs[i][0]) for i, image in enumerate(images))
+    picture = data.image_of("val", 0)
+    assert (picture.shape, picture.dtype) == ((1, 16, 16), torch.uint8)
+    assert torch.allclose(data.denormalise(images[0]), picture / 255, atol=1e-6)
+    with pytest.raises(ValueError, match=r"data.mean=\(0.5,\): needs 3 numbers, one of each channel"):
+        ImageDataModule(mean=(0.5,))

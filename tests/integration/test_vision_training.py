@@ -26,7 +26,7 @@ from lit_modules.optim.config import OptimConfig
 from tests.integration.growing import checkpoint_of, difference, fit
 from tests.integration.processes import run_in_processes
 from tests.integration.test_training import rows
-from tokenformer import LMConfig, TokenFormerViT, ViTConfig
+from tokenformer import LMConfig, TokenFormerViT, ViTConfig, from_pretrained
 from tokenformer.growth import pattention_layers
 
 GROWTH = {"class_path": "GrowParameterTokens", "init_args": {"stages": [{"at_step": 6, "factor": 2.0}]}}
@@ -162,15 +162,14 @@ def test_average_and_weights_are_validated_side_by_side(images, tmp_path):
         assert torch.equal(saved["current_model_state"][name], tensor), name
 
 
-def evaluated_as_timm_does(model, source, size, crop_pct):
+def evaluated_as_timm_does(model, source, size, crop_pct, **settings):
     """timm's validate loop: its data set, loader and accuracy; (top1, top5, loss, probabilities of each file)."""
-    dataset = create_dataset("", root=str(source / "val"))
+    dataset = create_dataset("", root=str(source / "val"), **settings)
     loader = create_loader(
         dataset, (3, size, size), 16, use_prefetcher=False, interpolation="bicubic", crop_pct=crop_pct, num_workers=0
     )
     meters = [AverageMeter() for _ in range(3)]
     probabilities = []
-    model.eval()
     with torch.no_grad():
         for inputs, targets in loader:
             logits = model(inputs)
@@ -201,7 +200,7 @@ def test_numbers_are_those_of_timms_evaluation(shared_data, tmp_path, caplog, ti
     else:
         model = module.model
         assert isinstance(model, TokenFormerViT)
-    top1, top5, loss, probabilities = evaluated_as_timm_does(model, source, 32, 0.9)
+    top1, top5, loss, probabilities = evaluated_as_timm_does(model.eval(), source, 32, 0.9)
     (row,) = csv.DictReader((tmp_path / "validated" / "results.csv").open())
     assert float(row["top1"]) == pytest.approx(top1, abs=1e-3)
     assert float(row["top1_err"]) == pytest.approx(100 - top1, abs=1e-3)
@@ -262,6 +261,44 @@ def test_predicting_images_without_labels(trained, images, tmp_path):
     assert sum(row["label"] == "dark" for row in predicted) >= 8
 
 
+def test_an_image_that_can_not_be_read_loses_no_predictions(trained, images, tmp_path, monkeypatch):
+    """It has a row without one; and what was predicted before something else goes wrong can be read."""
+    config, run = trained
+    shutil.copytree(images / "train" / "dark", tmp_path / "dark")
+    (tmp_path / "dark" / "3.png").write_bytes(b"no image")
+    command = ["predict", "--config", str(config), "--ckpt_path", str(checkpoint_of(run, 40))]
+    command += ["--data.predict_source", str(tmp_path / "dark")]
+    with pytest.warns(UserWarning, match=r"3\.png: can't be read as an image: .*its row has no prediction"):
+        main([*command, "--run_dir", str(tmp_path / "run")])
+    predicted = read_table(tmp_path / "run" / "predictions.parquet").to_pylist()
+    assert [row["file"][-5:] for row in predicted] == [f"{i}.png" for i in range(10)]
+    unreadable = predicted.pop(3)
+    assert [unreadable[name] for name in ("target", "label", "top5", "probabilities")] == [None] * 4
+    assert all(row["label"] and len(row["top5"]) == len(row["probabilities"]) == 3 for row in predicted)
+
+    def predict_step(self, batch, batch_idx):
+        if batch_idx == 1:
+            raise RuntimeError("the device is gone")
+        return step(self, batch, batch_idx)
+
+    step = VisionModule.predict_step
+    monkeypatch.setattr(VisionModule, "predict_step", predict_step)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        main([*command, "--run_dir", str(tmp_path / "stopped")])
+    assert read_table(tmp_path / "stopped" / "predictions.parquet").to_pylist() == [*predicted[:3], unreadable]
+
+
+def test_grey_images_are_trained_on(images, tmp_path):
+    config = write(tmp_path, images, in_channels=1)
+    grey = ["--model.config.in_channels=1", "--checkpoint.every_n_train_steps=20"]
+    main(fit(config, tmp_path / "run", *grey, "--trainer.max_steps=40", "--trainer.val_check_interval=20"))
+    assert rows(tmp_path / "run", "val/top1")[-1][1] > 0.8
+    saved = torch.load(checkpoint_of(tmp_path / "run", 40), weights_only=True)
+    assert saved["state_dict"]["model.patch_embed.proj.weight"].shape[1] == 1
+    main(fit(config, tmp_path / "timm", *grey, "--model.timm_model=test_vit", "--trainer.max_steps=2"))
+    assert len(rows(tmp_path / "timm", "train/loss")) == 2
+
+
 def test_the_batch_size_rule(images, tmp_path):
     """4 images x 2 batches a step, of the 256 that the rate is meant for."""
     config = write(tmp_path, images)
@@ -301,7 +338,7 @@ def test_recompute_scores_reaches_every_layer(kind, config):
         (["--data.image_size=20"], "data.image_size=20 is not a whole number of patches"),
         (["--model.label_smoothing=1.5"], "label_smoothing=1.5"),
         (["--model.timm_model=test_vit", "--model.recompute_scores=true"], "test_vit has no scores"),
-        (["--model.config.in_channels=1"], "in_channels=1"),
+        (["--model.config.in_channels=1"], "model.config.in_channels=1: data.in_channels=3; set both"),
         (["--model.timm_model=test_vit", "--data.image_size=32"], "set both"),
         (["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=3"], "val_check_interval=3"),
         (["--trainer.reload_dataloaders_every_n_epochs=1"], "same samples"),
@@ -336,6 +373,82 @@ def test_other_classes_are_refused(trained, images, tmp_path):
     main([*command, "--data.source", str(tmp_path / "renamed"), "--run_dir", str(tmp_path / "b")])
     with pytest.raises(ValueError, match="has no folder train/"):
         main(fit(config, tmp_path / "c", "--data.source", str(tmp_path / "renamed")))
+
+
+SIXTY = ["--trainer.max_steps=60", "--trainer.val_check_interval=20", "--checkpoint.every_n_train_steps=10"]
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """(config, run, folder) of a run of an older version, which sorted the classes 0, 1, 10, 2 as strings."""
+    folder = tmp_path_factory.mktemp("numbered")
+    for number, name in enumerate(("0", "1", "10", "2")):
+        for split, count in (("train", 6), ("val", 3)):
+            (folder / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                color = [60 * number + 5 * i, 200 - 50 * number, 100]
+                Image.new("RGB", (16, 16), tuple(color)).save(folder / "data" / split / name / f"{i}.png")
+    config = write(folder, folder / "data")
+    with pytest.MonkeyPatch.context() as then:
+        then.setattr("datamodules.image_sources.naturally", lambda name: name)
+        main(fit(config, folder / "run", *SIXTY))
+    return config, folder / "run", folder / "data"
+
+
+def test_a_model_of_an_older_version_keeps_the_order_of_its_classes(numbered, tmp_path, caplog):
+    """Resumed to the same bits, evaluated to the same accuracy, exported with its classes."""
+    config, run, _ = numbered
+    assert rows(run, "val/top1")[-1][1] > 0.8
+    main(fit(config, tmp_path / "run", *SIXTY, resume=checkpoint_of(run, 50)))
+    assert "the classes are in the order of the checkpoint" in caplog.text
+    assert difference(run, tmp_path / "run", 60) == 0
+    assert rows(tmp_path / "run", "val/top1")[-1] == rows(run, "val/top1")[-1]
+    command = ["--config", str(config), "--ckpt_path", str(checkpoint_of(run, 60))]
+    main(["validate", *command, "--run_dir", str(tmp_path / "validated")])
+    (row,) = csv.DictReader((tmp_path / "validated" / "results.csv").open())
+    assert float(row["top1"]) == pytest.approx(100 * rows(run, "val/top1")[-1][1], abs=1e-3)
+    main(["predict", *command, "--run_dir", str(tmp_path / "predicted")])
+    predicted = read_table(tmp_path / "predicted" / "predictions.parquet").to_pylist()
+    assert sum(image["label"] == image["target"] for image in predicted) >= 0.8 * len(predicted)
+    assert all(image["target"] == image["file"].split("/")[-2] for image in predicted)
+
+
+def test_timm_evaluates_an_export_by_its_class_map(numbered, tmp_path):
+    config, run, data = numbered
+    main(["export", str(checkpoint_of(run, 60)), "--out", str(tmp_path / "model")])
+    classes = tmp_path / "model" / "class_map.txt"
+    assert classes.read_text() == "0\n1\n10\n2\n"
+    model = from_pretrained(tmp_path / "model")
+    top1, *_ = evaluated_as_timm_does(model, data, 16, 0.875, class_map=str(classes))
+    assert top1 == pytest.approx(100 * rows(run, "val/top1")[-1][1], abs=1e-3)
+    assert evaluated_as_timm_does(model, data, 16, 0.875)[0] < top1  # timm's own order is another one
+    start = ["--model.init_from", str(tmp_path / "model")]
+    main(["validate", "--config", str(config), *start, "--run_dir", str(tmp_path / "validated")])
+    (row,) = csv.DictReader((tmp_path / "validated" / "results.csv").open())
+    assert float(row["top1"]) == pytest.approx(top1, abs=1e-3)
+    classes.unlink()
+    with pytest.warns(
+        UserWarning, match="has no class_map.txt, so its classes are taken to be in the order of the data"
+    ):
+        main(["validate", "--config", str(config), *start, "--run_dir", str(tmp_path / "unknown")])
+
+
+def test_some_classes_are_told_apart_as_timm_does(trained, images, tmp_path, caplog):
+    """timm's validate.py --valid-labels, by which it evaluates ImageNet-A and -R; here under other names too."""
+    config, run = trained
+    (tmp_path / "some" / "val").mkdir(parents=True)
+    for name, new in (("dark", "n2"), ("bright", "n1")):
+        (tmp_path / "some" / "val" / new).symlink_to(images / "val" / name)
+    (tmp_path / "classes.txt").write_text("bright\tn1\ndark\tn2\ngrey\tn3\n")
+    command = ["validate", "--config", str(config), "--ckpt_path", str(checkpoint_of(run, 3))]
+    command += ["--data.source", str(tmp_path / "some"), "--data.class_map", str(tmp_path / "classes.txt")]
+    main([*command, "--run_dir", str(tmp_path / "run")])
+    (row,) = csv.DictReader((tmp_path / "run" / "results.csv").open())
+    model = VisionModule.load_from_checkpoint(checkpoint_of(run, 3)).model.eval()
+    top1, _, loss, _ = evaluated_as_timm_does(lambda x: model(x)[:, [0, 1]], tmp_path / "some", 16, 0.875)
+    assert (float(row["top1"]), row["count"]) == (pytest.approx(top1, abs=1e-3), "16")
+    assert rows(tmp_path / "run", "val/loss")[-1][1] == pytest.approx(loss, rel=1e-4)
+    assert "2 of 3 classes have images: the others are ruled out" in caplog.text
 
 
 def test_unreadable_images_are_counted_in_the_log(images, tmp_path):
