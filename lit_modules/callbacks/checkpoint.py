@@ -63,10 +63,9 @@ class RunCheckpoint(ModelCheckpoint):
     def _has_named(self, name: str) -> bool:
         """Whether a file's name is of the form `filename`, its placeholders being numbers."""
         parts = re.split(r"\{([^:}]*)[^}]*\}", self.filename or "{epoch}-{step}")
-        form = [
-            re.escape(part) if i % 2 == 0 else f"({re.escape(part)}=)?[-+.\\deinfa]+" for i, part in enumerate(parts)
-        ]
-        return re.fullmatch(f"{''.join(form)}(-v\\d+)?{re.escape(self.FILE_EXTENSION)}", name) is not None
+        for i, part in enumerate(map(re.escape, parts)):
+            parts[i] = f"({part}=)?[-+.\\deinfa]+" if i % 2 else part
+        return re.fullmatch(f"{''.join(parts)}(-v\\d+)?{re.escape(self.FILE_EXTENSION)}", name) is not None
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         assert self.dirpath is not None
@@ -102,6 +101,26 @@ class Checkpoint(RunCheckpoint):
                 "trainer.strategy the argument save_distributed_checkpoint: false"
             )
 
+        if stage == "fit":
+            self._save_after_the_row(trainer)
+
+    def _save_after_the_row(self, trainer: Trainer) -> None:
+        """Have the loggers write a step's row before it is saved, not after: a kill in between would lose it for ever.
+
+        Lightning writes it after all hooks of the step.
+        """
+        connector: Any = trainer._logger_connector
+        lightnings = type(connector)
+
+        def on_batch_end() -> None:
+            lightnings.on_batch_end(connector)
+            if trainer.training:  # not a batch of the validation
+                lightnings.update_train_step_metrics(connector)
+                if not self._deferred:
+                    self._save(trainer)
+
+        connector.on_batch_end, connector.update_train_step_metrics = on_batch_end, lambda: None
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         io = trainer.strategy.checkpoint_io
@@ -116,8 +135,6 @@ class Checkpoint(RunCheckpoint):
         loop = trainer.fit_loop
         assert loop._data_fetcher is not None
         self._deferred = trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        if not self._deferred:
-            self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
