@@ -1,6 +1,8 @@
 """What lies at a path, for whoever was given the wrong thing: no weights are opened, names and neighbours tell."""
 
 import json
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of an exported model's folder
@@ -26,8 +28,7 @@ def kind(path: Path) -> str:
     if is_sharded(path.parent):
         return f"a part of the sharded checkpoint {path.parent}: give that folder"
     if inside := [found for start in ("", "checkpoints/", "*/checkpoints/") for found in path.glob(f"{start}*.ckpt")]:
-        newest = max(inside, key=lambda found: found.stat().st_mtime_ns)
-        return f"a folder with checkpoints of a training: give one of them, the newest is {newest}"
+        return f"a folder with checkpoints of a training: give one of them, the newest is {newest_first(inside)[0]}"
     if is_zero(path):
         return (
             "a DeepSpeed ZeRO checkpoint in parts: make them one file by the script that lies in it, "
@@ -38,6 +39,22 @@ def kind(path: Path) -> str:
     if path.suffix in (".bin", ".safetensors", ".pt", ".pth") or has_weights(path):
         return f"weights alone: `tokenformer import {path} --out DIR` reads those of a released checkpoint"
     return "neither a checkpoint nor an exported model nor a released checkpoint"
+
+
+def step_in_name(path: Path) -> int:
+    """The step that a checkpoint's name has; -1 for none."""
+    named = re.search(r"step[-=](\d+)", path.name)
+    return int(named[1]) if named else -1
+
+
+def newest_first(checkpoints: Iterable[Path], step_of: Callable[[Path], int] = step_in_name) -> list[Path]:
+    """Those of the run that was saved to last, the most steps first; then those of the run before it.
+
+    Within a run, times say little: a folder that was copied or restored has others.
+    """
+    age = {path: path.stat().st_mtime_ns for path in checkpoints}
+    last = {run: max(age[path] for path in age if path.parent == run) for run in {path.parent for path in age}}
+    return sorted(age, key=lambda path: (last[path.parent], str(path.parent), step_of(path), age[path]), reverse=True)
 
 
 def is_exported(path: Path) -> bool:

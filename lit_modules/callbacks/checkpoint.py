@@ -1,21 +1,71 @@
 """When checkpoints are saved, and which are kept."""
 
+import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_modules.checkpoints.reading import read_header
+from lit_modules.checkpoints.validation import step_of
 from lit_modules.checkpoints.writing import AtomicCheckpointIO
 from lit_modules.runs.errors import RunError
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint that keeps as many as it is told to, however often the run is resumed.
+    """ModelCheckpoint that keeps as many as it is told to, however often the run was killed, resumed or moved.
 
-    ModelCheckpoint would keep each one that a run has been resumed from too.
+    ModelCheckpoint would keep each one that a run has been resumed from too, those that a killed process had still to
+    remove, and all of a folder that has another path now or had a larger `save_top_k`.
     """
+
+    _saved: dict[str, Any] | None = None  # its state in the checkpoint that the run is resumed from
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._saved = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        assert self.dirpath is not None
+        resumed = Path(trainer.ckpt_path or "").resolve()
+        if self._saved is not None and resumed.parent == Path(self.dirpath).resolve():
+            self._go_on_with(self._saved, trainer, resumed.name)
+
+    def _go_on_with(self, saved: dict[str, Any], trainer: Trainer, resumed: str) -> None:
+        """Keep what is here of the saved ones; remove the others from before the step that the run is resumed from."""
+        folder = Path(str(self.dirpath))
+        steps = {path.name: step_of(path) for path in folder.glob("*.ckpt")} if trainer.is_global_zero else {}
+        for name, step in steps.items():  # what another callback saved first at that step does not have our last save
+            if step == trainer.global_step and self._has_named(name):
+                with suppress(ValueError):  # corrupted
+                    saved = read_header(folder / name)["callbacks"].get(self.state_key, saved)
+        saved, steps = trainer.strategy.broadcast((saved, steps))
+        kept = {Path(path).name: score for path, score in saved["best_k_models"].items() if Path(path).name in steps}
+        worst = max if self.mode == "min" else min
+        while len(kept) > self.save_top_k >= 0:
+            del kept[worst(kept, key=kept.__getitem__)]
+        self.best_k_models = {str(folder / name): score for name, score in kept.items()}
+        if kept:
+            self.kth_best_model_path = worst(self.best_k_models, key=self.best_k_models.__getitem__)
+            self.kth_value = self.best_k_models[self.kth_best_model_path]
+        for attribute in ("best_model_path", "last_model_path"):
+            if (name := Path(saved.get(attribute) or "").name) in steps:
+                setattr(self, attribute, str(folder / name))
+        known = {*kept, resumed, Path(self.best_model_path).name, Path(self.last_model_path).name}
+        for name in steps.keys() - known if self.save_top_k >= 0 else ():
+            if self._has_named(name) and steps[name] < trainer.global_step:
+                trainer.strategy.remove_checkpoint(str(folder / name))
+
+    def _has_named(self, name: str) -> bool:
+        """Whether a file's name is of the form `filename`, its placeholders being numbers."""
+        parts = re.split(r"\{([^:}]*)[^}]*\}", self.filename or "{epoch}-{step}")
+        for i, part in enumerate(map(re.escape, parts)):
+            parts[i] = f"({part}=)?[-+.\\deinfa]+" if i % 2 else part
+        return re.fullmatch(f"{''.join(parts)}(-v\\d+)?{re.escape(self.FILE_EXTENSION)}", name) is not None
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         assert self.dirpath is not None
@@ -51,6 +101,28 @@ class Checkpoint(RunCheckpoint):
                 "trainer.strategy the argument save_distributed_checkpoint: false"
             )
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._save_after_the_row(trainer)
+
+    def _save_after_the_row(self, trainer: Trainer) -> None:
+        """Have the loggers write a step's row before it is saved, not after: a kill in between would lose it for ever.
+
+        Lightning writes it after all hooks of the step.
+        """
+        connector: Any = trainer._logger_connector
+        lightnings = type(connector)
+
+        def on_batch_end() -> None:
+            lightnings.on_batch_end(connector)
+            if trainer.training:  # not a batch of the validation
+                lightnings.update_train_step_metrics(connector)
+                if not self._deferred:
+                    self._save(trainer)
+
+        connector.on_batch_end, connector.update_train_step_metrics = on_batch_end, lambda: None
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         io = trainer.strategy.checkpoint_io
@@ -65,8 +137,6 @@ class Checkpoint(RunCheckpoint):
         loop = trainer.fit_loop
         assert loop._data_fetcher is not None
         self._deferred = trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        if not self._deferred:
-            self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)

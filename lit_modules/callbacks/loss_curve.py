@@ -5,6 +5,8 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lit_modules.runs.logs import write_if_possible
+
 
 class LossCurve(Callback):
     """Draws `loss.png` into the run's folder at the end of training, from its `metrics.csv` and `growth.csv`."""
@@ -20,8 +22,9 @@ class LossCurve(Callback):
         from lit_modules.runs.curves import Run, draw
 
         try:
-            draw([Run(run_dir)], panels=("step",)).savefig(run_dir / "loss.png")
+            figure = draw([Run(run_dir)], panels=("step",))
         except ValueError as error:  # too short a run to have logged a loss
             rank_zero_info(f"no loss curve: {error}")
             return
-        rank_zero_info(f"loss curve: {run_dir / 'loss.png'}")
+        if write_if_possible(run_dir / "loss.png", lambda: figure.savefig(run_dir / "loss.png")):
+            rank_zero_info(f"loss curve: {run_dir / 'loss.png'}")

@@ -11,6 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lit_modules.runs.errors import RunError
+from lit_modules.runs.logs import write_if_possible
 
 
 @dataclass
@@ -89,10 +90,16 @@ class NonFinite(Callback):
         file = Path(trainer.default_root_dir) / f"nonfinite-step-{step.number:08d}-rank-{trainer.global_rank}.pt"
         losses = [loss.item() for loss in step.losses]
         found = {"step": step.number, "rank": trainer.global_rank, "losses": losses, "batches": step.batches}
-        torch.save(apply_to_collection(found | {"grad_norm": step.grad_norm}, Tensor, lambda t: t.cpu()), file)
+        found = apply_to_collection(found | {"grad_norm": step.grad_norm}, Tensor, lambda t: t.cpu())
+
+        def keep() -> None:
+            with file.open("wb") as out:
+                torch.save(found, out)
+
+        where = f"its batches are in {file}" if write_if_possible(file, keep) else "its batches could not be kept"
         raise RunError(
             f"{what}, of {self.in_a_row} in a row (losses of this process: {', '.join(f'{loss:g}' for loss in losses)}"
-            f"). The weights are as before it; its batches are in {file}. Resume with --ckpt_path last and a lower "
+            f"). The weights are as before it; {where}. Resume with --ckpt_path last and a lower "
             "model.optim.lr, or leave up to N such steps in a row out: nonfinite.skip=N"
         )
 

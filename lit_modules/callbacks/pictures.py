@@ -10,6 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid, save_image
 
+from lit_modules.runs.logs import write_if_possible
+
 IGNORE = -100  # label of rows that fill up a batch
 SHOWN = 16
 
@@ -34,9 +36,14 @@ class Pictures(Callback):
         images = data.denormalise(batch[0][:SHOWN].float().cpu())
         enlarged = interpolate(images, scale_factor=max(1, 128 // images.shape[-1]))  # pixels of small ones as squares
         grid = make_grid(enlarged, nrow=4)
-        save_image(grid, Path(trainer.default_root_dir) / "batch.png")
-        for board in _boards(trainer):
-            board.add_image("train/batch", grid, trainer.global_step)
+        path = Path(trainer.default_root_dir) / "batch.png"
+
+        def draw() -> None:
+            save_image(grid, path)
+            for board in _boards(trainer):
+                board.add_image("train/batch", grid, trainer.global_step)
+
+        write_if_possible(path, draw)
 
     def on_validation_epoch_start(self, *_: Any) -> None:
         self._mistakes = []
@@ -65,9 +72,14 @@ class Pictures(Callback):
             axes.set_title(f"{names[label]}\nas {names[taken_for]} ({probability:.0%})", fontsize=8)
         figure.subplots_adjust(0.02, 0.02, 0.98, 0.9, 0.1, 0.35)  # an automatic layout takes thrice as long
         figure.suptitle(f"worst mistakes at step {trainer.global_step}")
-        figure.savefig(Path(trainer.default_root_dir) / "mistakes.png")
-        for board in _boards(trainer):
-            board.add_figure("val/mistakes", figure, trainer.global_step)
+        path = Path(trainer.default_root_dir) / "mistakes.png"
+
+        def draw() -> None:
+            figure.savefig(path)
+            for board in _boards(trainer):
+                board.add_figure("val/mistakes", figure, trainer.global_step)
+
+        write_if_possible(path, draw)
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -7,6 +7,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_modules.runs.logs import write_if_possible
 from tokenformer import generate
 
 
@@ -44,6 +45,6 @@ class SampleText(Callback):
             return
         text = tokenizer.decode(ids)
         path = Path(trainer.default_root_dir) / "sample.txt"
-        path.write_text(text, encoding="utf-8")
+        write_if_possible(path, lambda: path.write_text(text, encoding="utf-8"))
         shown = "\n".join(f"  | {line}" for line in text.splitlines()[:12])
         rank_zero_info(f"\na sample (whole in {path.name}):\n{shown}")

@@ -12,22 +12,31 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tokenformer.files import SHARDED
+from tokenformer.files import SHARDED, newest_first, step_in_name
 
 MANIFEST = "manifest.json"
 
 
 def latest_valid(paths: Iterable[Path]) -> Path | None:
     """The newest checkpoint that is valid; corrupted newer ones are passed over with a warning."""
-    for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+    for path in newest_first(paths, step_of):
         if problem := find_corruption(path):
             warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=2)
         else:
             return path
     return None
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps before a checkpoint: as its name says, or else what is in it; -1 where nothing can be read."""
+    if (step := step_in_name(path)) >= 0 or find_corruption(path):
+        return step
+    head: Any = torch.load(path / SHARDED if path.is_dir() else path, "meta", weights_only=True, mmap=True)
+    return int(head.get("global_step", -1)) if isinstance(head, dict) else -1
 
 
 def find_corruption(path: Path) -> str | None:

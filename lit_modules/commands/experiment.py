@@ -12,7 +12,6 @@ from jsonargparse import set_parsing_settings
 from lightning import Callback, LightningDataModule, LightningModule
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
 import datamodules.images
@@ -42,7 +41,7 @@ from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
 from lit_modules.runs.errors import RunError, explain
 from lit_modules.runs.lock import RunLock
-from lit_modules.runs.logs import ResumableCSVLogger
+from lit_modules.runs.logs import ResumableTensorBoardLogger, ResumableCSVLogger
 from lit_modules.runs.slurm import check_tasks, environment
 from lit_modules.strategies import fsdp2
 from tokenformer import LMConfig
@@ -199,7 +198,7 @@ class ExperimentCLI(LightningCLI):
         kwargs["default_root_dir"] = run_dir
         if config.logger is not False and not config.fast_dev_run:
             default = config.logger in (None, True)
-            given = [TensorBoardLogger(run_dir, name="", version="")] if default else _as_list(config.logger)
+            given = [ResumableTensorBoardLogger(run_dir)] if default else _as_list(config.logger)
             # First in the list, so that the config goes into the run's folder; `plot` and LossCurve read it.
             kwargs["logger"] = [ResumableCSVLogger(run_dir), *given]
         kwargs["plugins"] = [

@@ -1,10 +1,10 @@
 """The model card: what a reader of a published model wants to know, from what the run has recorded."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
 from lit_modules.growth.history import count_by_kind
+from lit_modules.runs.tables import read_rows
 from tokenformer import TokenFormerLM, TokenFormerViT
 from tokenformer.files import WEIGHTS
 from tokenformer.growth import pattention_layers
@@ -147,12 +147,11 @@ def _last_validation(metrics: Path | None, step: int, raw: bool) -> tuple[int, d
     if metrics is None or not metrics.is_file():
         return 0, {}
     found: tuple[int, dict[str, float]] = 0, {}
-    with metrics.open(newline="") as file:
-        for row in csv.DictReader(file):
-            values = {n: float(v) for n, v in row.items() if n.startswith("val/") and v}
-            values = {n: v for n, v in values.items() if n.startswith("val/raw_") == raw}
-            if values and int(row["step"]) < step:  # the log counts steps from 0
-                found = int(row["step"]) + 1, values
+    for row in read_rows(metrics)[1]:
+        values = {n: float(v) for n, v in row.items() if n.startswith("val/") and v}
+        values = {n: v for n, v in values.items() if n.startswith("val/raw_") == raw}
+        if values and int(row["step"]) < step:  # the log counts steps from 0
+            found = int(row["step"]) + 1, values
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from lit_modules.checkpoints.reading import read_header
-from lit_modules.checkpoints.validation import latest_valid
+from lit_modules.checkpoints.validation import latest_valid, step_of
 from lit_modules.runs.slurm import launch_name
 
 
@@ -16,7 +16,8 @@ def resolve_run(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint that it starts from.
 
     Raises:
-        ValueError: for a folder that holds another run, and a checkpoint that is missing or not valid.
+        ValueError: for a folder that holds another run, a checkpoint that is missing or not valid, and one that is not
+            the last of the run that it is to be resumed in.
     """
     experiment = Path(config.trainer.default_root_dir or "runs") / config.name
     given = Path(config.run_dir) if config.run_dir else None
@@ -45,9 +46,21 @@ def resolve_run(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
         return checkpoint.parent.parent, checkpoint  # resumes in the run's own folder
     folder = given or _new_run_dir(experiment, subcommand)
     resumes = subcommand == "fit" and checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
+    if resumes and checkpoint is not None and config.ckpt_path != "last":
+        _refuse_later_ones(checkpoint)
     if (folder / "config.yaml").exists() and not resumes:
         raise ValueError(f"run_dir={folder} holds a run already: resume it by --ckpt_path last, or choose another")
     return folder, checkpoint
+
+
+def _refuse_later_ones(checkpoint: Path) -> None:
+    """`last` takes the checkpoint of the most steps: it would go on with the steps that were to be replaced."""
+    others = [path for path in checkpoint.parent.glob("*.ckpt") if step_of(path) > step_of(checkpoint)]
+    if later := latest_valid(others):
+        raise ValueError(
+            f"ckpt_path={checkpoint}: the run has {later.name} too, which comes after it: go on in a new folder "
+            "(--run_dir), or delete the later checkpoints"
+        )
 
 
 def config_name(args: list[str], model: Namespace) -> str:

@@ -1,9 +1,10 @@
 """What is remembered of a model's growths: in its checkpoints, and as `growth.csv`."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
+from lit_modules.runs.logs import write_if_possible
+from lit_modules.runs.tables import write_rows
 from tokenformer.growth import COUNT_OF
 
 
@@ -22,10 +23,7 @@ def write_growths(path: Path, growths: list[dict[str, Any]]) -> None:
         path.unlink(missing_ok=True)  # of growths after the checkpoint from which the run is resumed
         return
     columns = [name for name in growths[0] if name not in ("asked", "new", "anneal_until")]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(growths)
+    write_if_possible(path, lambda: write_rows(path, columns, growths))
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ growth. Runs differ by dashes, markers and grey level, not only by colour. The f
 first 20th, may leave the picture. A run may still be training.
 """
 
-import csv
 import math
 import re
 from itertools import cycle
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from lit_modules.runs.tables import read_rows
 
 PANELS = {
     "step": "optimizer steps",
@@ -33,7 +34,7 @@ class Run:
     """What a run logged: `columns` are (steps done, values) of `metrics.csv`, `growths` the rows of `growth.csv`.
 
     Raises:
-        ValueError: if the folder is not a run's.
+        ValueError: if the folder is not a run's, or a file of it has no header.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,13 +46,13 @@ class Run:
             newest = max(inside, key=lambda path: path.stat().st_mtime, default=None)
             run = newest.parent if newest else next(iter(near), "runs/NAME/STAMP")
             raise ValueError(f"{folder}/metrics.csv: no such file; give the folder of a run, such as {run}")
-        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-        for column in rows[0].keys() - {"step"} if rows else ():
+        columns, rows = read_rows(folder / "metrics.csv")
+        for column in {*columns} - {"step"}:
             points = [(int(row["step"]) + 1, float(row[column])) for row in rows if row[column]]  # row 9 is of step 10
             if points:
                 self.columns[column] = np.array(points, dtype=float).T
         growth = folder / "growth.csv"
-        self.growths = list(csv.DictReader(growth.read_text().splitlines())) if growth.is_file() else []
+        self.growths = read_rows(growth)[1] if growth.is_file() else []
 
     def over(self, axis: str, steps: Any) -> Any:
         """Steps on another axis, linear between the rows that log it: those of validation don't."""

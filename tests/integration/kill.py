@@ -72,7 +72,7 @@ class NotFinite(Callback):
 
 
 class FillDisk(Callback):
-    """Takes all room but a little on the disk of the run from a step on, until another one."""
+    """Takes all room on the disk of the run from a step on, until another one."""
 
     def __init__(self, step: int, until: int) -> None:
         self.step, self.until = step, until
@@ -82,9 +82,20 @@ class FillDisk(Callback):
         if trainer.global_rank:
             return
         if trainer.global_step == self.step:
-            filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - 2**17))
+            filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free))
         elif trainer.global_step == self.until:
             filler.unlink()
+
+
+class RemoveFolder(Callback):
+    """Before a step the run's folder is deleted."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        if trainer.global_step == self.step:
+            shutil.rmtree(trainer.default_root_dir)
 
 
 class SleepAt(Callback):
@@ -108,4 +119,4 @@ class KillWorker(Callback):
     def on_train_batch_start(self, trainer, *_) -> None:
         if trainer.global_step == self.step + 1:
             os.kill(trainer.train_dataloader._iterator._workers[0].pid, signal.SIGKILL)
-            time.sleep(30)  # the signal of its death raises here, and not between a checkpoint and its row of the log
+            time.sleep(30)  # until the signal of its death raises

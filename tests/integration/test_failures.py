@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from lit_modules.callbacks import Watchdog, watchdog
-from lit_modules.checkpoints import validation
+from lit_modules.checkpoints import validation, writing
 from lit_modules.checkpoints.validation import find_corruption, latest_valid
 from lit_modules.cli import main
 from lit_modules.runs.errors import RunError
@@ -27,6 +27,7 @@ from tests.conftest import ROOT, same_threads
 from tests.integration.growing import checkpoint_of, difference
 from tests.integration.processes import run_in_processes
 from tests.integration.test_training import rows, write_config
+from tests.lit_modules.runs.test_logs import board_steps
 
 HARM = "--trainer.callbacks+=tests.integration.kill"
 
@@ -103,20 +104,58 @@ def small_disk(tmp_path, monkeypatch):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("until", [4, 100])
+@pytest.mark.parametrize("until", [38, 100])  # rows of so many steps need more than what is left of a block
 def test_a_full_disk_costs_saves_but_no_checkpoint(finished, small_disk, until):
     config, _ = finished
     run = small_disk / "run"
     harm = [f"{HARM}.FillDisk", "--trainer.callbacks.step=2", f"--trainer.callbacks.until={until}"]
-    command = ["fit", "--config", str(config), "--run_dir", str(run), "--trainer.max_steps=6", *harm]
+    command = ["fit", "--config", str(config), "--run_dir", str(run), "--trainer.max_steps=40", *harm]
     command += ["--checkpoint.save_top_k=1"]
-    ends = pytest.raises(RunError, match="6.ckpt could not be written.* last steps of the run are lost")
-    with ends if until > 6 else nullcontext(), pytest.warns(UserWarning, match="3.ckpt could not be written: No space"):
+    ends = pytest.raises(RunError, match="40.ckpt could not be written.* last steps of the run are lost")
+    with (
+        ends if until > 40 else nullcontext(),
+        pytest.warns(UserWarning, match="3.ckpt could not be written") as warned,
+    ):
         main(command)
-    left = "step-00000006.ckpt" if until == 4 else "step-00000002.ckpt"
+    is_full, told = small_disk.is_mount(), "\n".join(str(warning.message) for warning in warned)
+    left = "step-00000040.ckpt" if until == 38 else "step-00000002.ckpt"
     assert [path.name for path in (run / "checkpoints").iterdir()] == [left]
     assert find_corruption(run / "checkpoints" / left) is None
-    assert len(rows(run, "train/loss")) == 6
+    made = [step for step, _ in rows(run, "train/loss")]
+    if until == 38:
+        assert made == list(range(40))
+        assert board_steps(run, "train/loss") == made
+        assert "metrics.csv can't be written (No space left on device): the training goes on" in told or not is_full
+    else:
+        assert made[:2] == [0, 1]
+
+
+def test_a_run_folder_that_is_deleted_is_named(copied):
+    command, run = copied
+    gone = r"the run's folder .*run was deleted or moved: it is made anew, without what it held"
+    with pytest.warns(UserWarning, match=gone):
+        main([*command, f"{HARM}.RemoveFolder", "--trainer.callbacks.step=5"])
+    assert [step for step, _ in rows(run, "train/loss")] == [5]
+    assert latest_valid((run / "checkpoints").glob("*.ckpt")).name == "step-00000006.ckpt"
+
+
+def test_a_row_is_in_the_log_before_its_step_is_saved(copied, monkeypatch):
+    """A process that dies right after a save leaves a log to which only later rows are missing."""
+    command, run = copied
+    write = writing.write_checkpoint
+
+    def write_and_die(checkpoint, path):
+        write(checkpoint, path)
+        raise SystemExit
+
+    monkeypatch.setattr(writing, "write_checkpoint", write_and_die)
+    with pytest.raises(SystemExit):
+        main(command)
+    monkeypatch.undo()
+    assert latest_valid((run / "checkpoints").glob("*.ckpt")).name == "step-00000005.ckpt"
+    main(command)
+    assert [step for step, _ in rows(run, "train/loss")] == list(range(6))
+    assert board_steps(run, "train/loss") == list(range(6))
 
 
 def test_a_corrupted_part_of_a_sharded_checkpoint_is_seen(finished, small_disk, tmp_path):

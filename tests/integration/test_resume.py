@@ -1,6 +1,7 @@
 """A run that was killed and resumed ends with the same bits as one that was not."""
 
 import csv
+import os
 import subprocess
 import sys
 import warnings
@@ -197,3 +198,24 @@ def test_a_run_folder_that_cant_be_made_is_named(corpus, tmp_path, command, monk
     time = ["--time=1"] if command == "submit" else []
     with pytest.raises(ValueError, match=r"run_dir.*tiny.yaml/run: can't be written to \(Not a directory\)"):
         main([command, "--config", str(config), *time, "--run_dir", str(config / "run")])
+
+
+def test_what_a_killed_process_had_still_to_remove_is_removed(finished, tmp_path):
+    """After a resume there are as many as `save_top_k` says, in a folder that was moved too."""
+    config, run = finished
+    moved = run.rename(tmp_path / "moved") / "checkpoints"
+    for name in ("step-00000002.ckpt", "best-step-00000004.ckpt", "mine.ckpt"):
+        (moved / name).write_bytes((moved / "step-00000004.ckpt").read_bytes())
+    command = ["fit", "--config", str(config), "--run_dir", str(moved.parent), "--model.optim.schedule=constant"]
+    with pytest.raises(ValueError, match=r"step-00000004.ckpt: the run has (best-)?step-00000008.ckpt too"):
+        main([*command, f"--ckpt_path={moved}/step-00000004.ckpt", "--trainer.max_steps=12"])
+    found = []
+    for steps, kept in ((12, 2), (16, 1)):
+        for best in moved.glob("best-step*"):  # resumed is from the other one of that step, which was saved before it
+            os.utime(best, (1, 1))
+        main([*command, "--ckpt_path=last", f"--trainer.max_steps={steps}", f"--checkpoint.save_top_k={kept}"])
+        found.append({path.stem.removeprefix("step-0000") for path in moved.iterdir()})
+    assert found == [
+        {"0008", "0012", "best-step-00000012", "mine"},
+        {"0016", "best-step-00000016", "mine"},
+    ]

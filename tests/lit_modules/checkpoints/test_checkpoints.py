@@ -143,3 +143,23 @@ def test_an_asynchronous_save_keeps_the_old_one_until_it_is_whole(tmp_path, monk
     io.save_checkpoint({"weight": weight}, tmp_path / "3.ckpt")
     with pytest.raises(ZeroDivisionError):
         io.save_checkpoint({"weight": weight}, tmp_path / "4.ckpt")
+
+
+def test_in_a_run_the_step_decides_which_is_the_newest(tmp_path):
+    """A folder that is copied or restored has other times."""
+    names = ("step-00000002", "step-00000010", "best-step-00000008", "unnamed", "epoch=1-step=4")
+    for age, name in enumerate(reversed(names)):
+        for run in ("a", "b"):
+            path = tmp_path / run / f"{name}.ckpt"
+            path.parent.mkdir(exist_ok=True)
+            torch.save({"global_step": 9, "weight": torch.arange(10)}, path)
+            os.utime(path, (age, age))
+    os.utime(tmp_path / "a/step-00000002.ckpt", (50, 50))  # so this run is the one that was saved to last
+    found = []
+    while newest := latest_valid(tmp_path.glob("*/*.ckpt")):
+        found.append(f"{newest.parent.name}/{newest.stem}")
+        newest.unlink()
+        if left := list(tmp_path.glob("a/*")):
+            os.utime(left[0], (50, 50))
+    in_order = ["step-00000010", "unnamed", "best-step-00000008", "epoch=1-step=4", "step-00000002"]
+    assert found == [f"{run}/{name}" for run in "ab" for name in in_order]
