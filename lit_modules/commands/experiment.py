@@ -41,7 +41,7 @@ from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
 from lit_modules.runs.errors import RunError, explain
 from lit_modules.runs.lock import RunLock
-from lit_modules.runs.logs import ResumableTensorBoardLogger, ResumableCSVLogger
+from lit_modules.runs.logs import ResumableCSVLogger, ResumableTensorBoardLogger
 from lit_modules.runs.slurm import check_tasks, environment
 from lit_modules.strategies import fsdp2
 from tokenformer import LMConfig

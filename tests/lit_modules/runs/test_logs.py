@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_modules.runs.curves import Run
-from lit_modules.runs.logs import ResumableTensorBoardLogger, ResumableCSVLogger
+from lit_modules.runs.logs import ResumableCSVLogger, ResumableTensorBoardLogger
 from lit_modules.runs.tables import read_rows
 
 
