@@ -46,17 +46,19 @@ def greedy(native, ids, count):
 
 @torch.no_grad()
 @pytest.mark.parametrize("static", [False, True])
-def test_cached_logits_are_those_of_the_whole_text(model, static):
+@pytest.mark.parametrize("start", [0, 7])
+def test_cached_logits_are_those_of_the_whole_text(model, static, start):
+    """Of the second row, which has padding where it starts later."""
     mask = torch.ones(2, 12, dtype=torch.long)
-    mask[1, :7] = 0
+    mask[1, :start] = 0
     cache = StaticCache(model.config, max_cache_len=20) if static else None
-    out = model(IDS, attention_mask=mask, past_key_values=cache, use_cache=True)
+    out = model(IDS, attention_mask=mask if start else None, past_key_values=cache, use_cache=True)
     for _ in range(3):
         new = out.logits[:, -1:].argmax(-1)
         mask = torch.cat((mask, torch.ones_like(new)), dim=1)
-        out = model(new, attention_mask=mask, past_key_values=out.past_key_values, logits_to_keep=1)
-    texts = IDS[0], IDS[1, 7:]
-    for row, text in enumerate(texts):
+        seen = mask if start else None
+        out = model(new, attention_mask=seen, past_key_values=out.past_key_values, logits_to_keep=1)
+    for row, text in enumerate((IDS[0], IDS[1, start:])):
         whole = torch.cat((text, torch.tensor(greedy(model.native, text.tolist(), 3))))
         torch.testing.assert_close(out.logits[row, -1], model.native(whole[None])[0, -1])
 
