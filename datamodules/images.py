@@ -2,8 +2,9 @@
 
 import re
 import warnings
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from datamodules.image_batches import AugmentedBatches, EvalBatch, OrderedImages
-from datamodules.image_sources import FileImages, Images, open_source
+from datamodules.image_sources import FileImages, Images, Source, open_source
 from datamodules.loader import StreamDataModule, StreamLoader, loading, rank_and_world_size
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -49,6 +50,7 @@ class ImageDataModule(StreamDataModule):
         seed: of the order of samples and of the augmentation.
         predict_source: images for `predict`: a folder, searched with all that is below it, or a file. Default: the
             validation images.
+        class_names: names of the classes, for `predict` where there is no source; default: the source's.
 
     Raises:
         ValueError: for a setting out of range, a source that isn't there or has no classes; in `setup`, for splits
@@ -77,6 +79,7 @@ class ImageDataModule(StreamDataModule):
         num_workers: int = 4,
         seed: int = 0,
         predict_source: str | None = None,
+        class_names: list[str] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least, most in (
@@ -136,16 +139,21 @@ class ImageDataModule(StreamDataModule):
             self.train_transform.transforms[0] = transforms.Compose([resize, center_crop])
 
         # Known before any image is read, since the model's head is built from it.
-        self._source = open_source(source)
-        self.class_names = self._source.class_names
+        self._given_source = source
+        self.class_names = self._source.class_names if class_names is None else class_names
         self.num_classes = len(self.class_names)
         self.mix = Mixup(mixup, cutmix, label_smoothing=0, num_classes=self.num_classes) if mixup or cutmix else None
         self._images: dict[str, Images] = {}
         self._unreadable = torch.zeros(0, dtype=torch.bool)
 
+    @cached_property
+    def _source(self) -> Source:
+        return open_source(self._given_source)
+
     def prepare_data(self) -> None:
         """Download what isn't here."""
-        self._source.prepare()
+        if "_source" in vars(self):
+            self._source.prepare()
 
     def setup(self, stage: str) -> None:
         """List the images of the stage's splits and check them."""
@@ -175,6 +183,17 @@ class ImageDataModule(StreamDataModule):
                 f"{where}: {len(images.empty)} of its files are empty, the first {images.empty[0]}; copy them again"
             )
         return images
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What evaluation does to an image, in timm's words."""
+        return {
+            "input_size": [3, self.image_size, self.image_size],
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
     def order(self) -> dict[str, int | str]:
         """The training images, and how they are shuffled and repeated."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of an exported model's folder
+PROCESSOR = "preprocessor_config.json"  # of an image model's, for transformers
 RELEASED_WEIGHTS = ("pytorch_model.bin", "model.safetensors")  # of a released checkpoint's; or shards and their index
 SHARDED = "meta.pt"  # what Lightning writes into the folder of a sharded checkpoint
 

@@ -41,6 +41,7 @@ class TokenFormerViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
+        self.pretrained_cfg: dict[str, Any] = {}  # timm's: what images it takes, what its classes are called
         self.patch_embed = PatchEmbed(
             config.image_size, config.patch_size, config.in_channels, config.dim, strict_img_size=False
         )

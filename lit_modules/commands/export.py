@@ -1,8 +1,9 @@
 """Make a folder of the model in a checkpoint, which is read without Lightning, and can be published.
 
 CKPT is what `tokenformer fit` or `tokenformer grow` wrote: one file, or the folder of a sharded checkpoint (FSDP2). DIR
-gets model.safetensors (parameter tokens that share a norm joined), config.json, a model card, and for a language model
-its tokenizer, which is found by the run's config.yaml.
+gets model.safetensors (parameter tokens that share a norm joined), config.json, a model card; for a language model its
+tokenizer, which is found by the run's config.yaml; for an image model preprocessing and names of classes, for us, timm
+and transformers.
 
   tokenformer export runs/small/20260131-120000-ab12/checkpoints/step-00002000.ckpt --out models/small
   tokenformer export step-00002000.ckpt --out models/small --weights raw --dtype bfloat16 --tokenizer tokenizer.json
@@ -21,9 +22,10 @@ import torch
 
 from lit_modules.checkpoints.reading import config_of, read_checkpoint, run_dir_of
 from lit_modules.commands.model_card import model_card
+from lit_modules.commands.predict import described
 from lit_modules.commands.tokenizers import save_tokenizer, tokenizer_of
 from lit_modules.modules.loading import Weights, model_from_checkpoint
-from tokenformer import TokenFormerLM, save_pretrained
+from tokenformer import TokenFormerLM, TokenFormerViT, save_pretrained
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -52,6 +54,8 @@ def export(
         model = model_from_checkpoint(checkpoint, weights)
         if dtype is not None:
             model.to(getattr(torch, dtype))
+        if isinstance(model, TokenFormerViT):
+            model.pretrained_cfg = described(checkpoint, config_of(source))
         save_pretrained(model, folder)
         notes: list[str] = []
         if isinstance(model, TokenFormerLM):

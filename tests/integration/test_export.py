@@ -9,11 +9,18 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 import yaml
+from PIL import Image
+from pyarrow.parquet import read_table
 from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
+import tokenformer.hf  # noqa: F401
+from datamodules.images import ImageDataModule
 from datamodules.tokenizer import ByteTokenizer, load_tokenizer
 from lit_modules.checkpoints.reading import read_checkpoint
 from lit_modules.checkpoints.validation import checksums, find_corruption, latest_valid, write_manifest
@@ -299,6 +306,7 @@ def test_an_image_model_is_exported(tmp_path, monkeypatch):
     settings = json.loads(json.dumps(TINY_VISION))
     settings["model"]["init_args"]["config"] |= {"image_size": 8, "patch_size": 4}
     settings["data"]["init_args"] |= {"source": "digits", "image_size": 8, "batch_size": 64}
+    settings["data"]["init_args"] |= {"crop_pct": 0.7, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3]}
     growth = {"stages": [{"at_step": 4, "factor": 2.0}]}
     settings["trainer"]["callbacks"] = [{"class_path": "GrowParameterTokens", "init_args": growth}]
     (tmp_path / "digits.yaml").write_text(yaml.safe_dump(settings))
@@ -323,3 +331,34 @@ def test_an_image_model_is_exported(tmp_path, monkeypatch):
         names = {"images": images}
         exec(snippet, names)
         assert torch.equal(names["model"](images), model(images))
+    # and preprocessing and names of classes go along
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    expected = ImageDataModule(**settings["data"]["init_args"]).eval_transform(photo)
+    in_timm = names["model"]
+    assert torch.equal(timm.data.create_transform(**timm.data.resolve_model_data_config(in_timm))(photo), expected)
+    assert in_timm.pretrained_cfg["label_names"] == list("0123456789")
+    classify = pipeline("image-classification", "model")
+    (seen,) = classify.image_processor(photo, return_tensors="pt")["pixel_values"]
+    assert torch.equal(seen, expected)
+    said = json.loads(Path("model/preprocessor_config.json").read_text())
+    assert (said["size"], said["crop_size"]) == ({"shortest_edge": 11}, {"height": 8, "width": 8})
+    assert (said["resample"], said["image_mean"]) == (2, [0.5, 0.4, 0.3])
+    probabilities = model(expected[None]).softmax(-1)[0].detach()
+    best = classify(photo)[0]
+    assert best["label"] == str(int(probabilities.argmax()))
+    assert best["score"] == pytest.approx(float(probabilities.max()), abs=1e-6)
+    classify.model.save_pretrained("again")
+    assert from_pretrained("again").pretrained_cfg == model.pretrained_cfg
+    main(["grow", "model", "--factor", "2", "--out", "grown"])
+    assert from_pretrained("grown").pretrained_cfg == model.pretrained_cfg
+    # the model knows what `predict` needs, the training's data may be elsewhere
+    Path("photos").mkdir()
+    photo.save("photos/one.png")
+    monkeypatch.setattr("datamodules.images.open_source", lambda source: pytest.fail(f"{source} was opened"))
+    source = ["--data.predict_source=photos", "--data.num_workers=0", "--trainer.accelerator=cpu"]
+    ways = [["model"], [str(checkpoint)], ["--config", "run/config.yaml", "--ckpt_path", str(checkpoint)]]
+    for i, way in enumerate(ways):
+        main(["predict", *way, *source, "--run_dir", f"predicted{i}"])
+        (row,) = read_table(f"predicted{i}/predictions.parquet").to_pylist()
+        assert row["label"] == best["label"]
+        assert row["probabilities"][0] == pytest.approx(float(probabilities.max()), abs=1e-6)
