@@ -98,7 +98,7 @@ class TokenFormerViTConfig(_NativeConfig):
         """Take the fields of a ViTConfig; labels keep their names where their number stays. Tell timm of both."""
         super().follow(native)
         self.num_labels = native.num_classes
-        names = list(self.id2label.values())
+        names = list((self.id2label or {}).values())
         own = {} if names[:1] == ["LABEL_0"] else {"label_names": names}  # else transformers has made them up
         cfg = getattr(self, "pretrained_cfg", {})
         self.update(folder_config(native, {name: cfg[name] for name in INPUT if name in cfg} | own))

@@ -12,6 +12,7 @@ import torch
 from timm.layers import DropPath, PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tokenformer.backbone import Backbone, rotary_tables
@@ -88,16 +89,9 @@ class TokenFormerViT(nn.Module):
         """(B, 3, H, W) -> (B, T, D)."""
         x = self.patch_embed(images)  # (B, P, D)
         if self.class_token is not None:
-            x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1)  # (B, T, D)
+            x = torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, T, D)
         rows, columns = (side // self.config.patch_size for side in images.shape[-2:])
-        return x + self._resampled(self.position, rows, columns)
-
-    def _resampled(self, position: Tensor, rows: int, columns: int) -> Tensor:
-        """Position embeddings of a square grid, for a grid of another size, (1, T, D)."""
-        side = math.isqrt(position.shape[1] - self.num_prefix_tokens)
-        if (rows, columns) == (side, side):
-            return position
-        return resample_abs_pos_embed(position, [rows, columns], [side, side], num_prefix_tokens=self.num_prefix_tokens)
+        return x + resampled(self.position, rows, columns, self.num_prefix_tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, T, D) -> logits (B, C); with `pre_logits` what the classifier reads, (B, D)."""
@@ -114,7 +108,7 @@ class TokenFormerViT(nn.Module):
         if name in state_dict:
             patches = state_dict[name].shape[1] - self.num_prefix_tokens
             if math.isqrt(patches) ** 2 == patches:  # else it has a class token too many or too few, and torch says so
-                state_dict[name] = self._resampled(state_dict[name], grid, grid)
+                state_dict[name] = resampled(state_dict[name], grid, grid, self.num_prefix_tokens)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # From here to `prune_intermediate_layers`: what timm's scripts, optimizers and feature extractors ask a model for.
@@ -249,6 +243,18 @@ class TokenFormerViT(nn.Module):
         now = sum(p.numel() for p in self.backbone.blocks.parameters() if p.ndim == 2)
         grown = now - config.depth * config.block_matmul_params()
         return config.flops_per_image(image_size) + 2 * tokens * grown
+
+
+def resampled(position: Tensor, rows: int, columns: int, num_prefix_tokens: int) -> Tensor:
+    """Position embeddings of a square grid, for a grid of another size, (1, T, D)."""
+    side = math.isqrt(position.shape[1] - num_prefix_tokens)
+    if isinstance(rows, torch.SymInt) or isinstance(columns, torch.SymInt):  # in torch.export, which is to hold for all
+        grid = position[:, num_prefix_tokens:].unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+        grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=True).to(position.dtype)
+        return torch.cat((position[:, :num_prefix_tokens], grid.flatten(2).transpose(1, 2)), dim=1)
+    if (rows, columns) == (side, side):
+        return position
+    return resample_abs_pos_embed(position, [rows, columns], [side, side], num_prefix_tokens=num_prefix_tokens)
 
 
 def _sincos(config: ViTConfig) -> Tensor:

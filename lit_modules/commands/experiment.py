@@ -204,9 +204,9 @@ class ExperimentCLI(LightningCLI):
             os.environ |= {RUN_DIR: str(run_dir), CKPT_PATH: str(checkpoint or ""), FIRST_PROCESS: str(os.getpid())}
         self._run_dir = os.environ[RUN_DIR]
         config.ckpt_path = os.environ[CKPT_PATH] or None
-        images = config.data.init_args if config.data.class_path.endswith("ImageDataModule") else {}
-        if self.config.subcommand == "predict" and config.ckpt_path and images.get("predict_source"):
-            images.class_names = read_header(Path(config.ckpt_path)).get("class_names")  # the source may be elsewhere
+        data = config.data.init_args
+        if self.config.subcommand == "predict" and config.ckpt_path and data.get("predict_source"):
+            data.class_names = read_header(Path(config.ckpt_path)).get("class_names")  # the source may be elsewhere
         given_size = config.model.init_args.get("config", {}).get("vocab_size")
         if given_size not in (None, LMConfig.vocab_size):
             raise ValueError(

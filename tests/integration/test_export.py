@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -312,7 +313,7 @@ def test_an_image_model_is_exported(tmp_path, monkeypatch):
     (tmp_path / "digits.yaml").write_text(yaml.safe_dump(settings))
     main(["fit", "--config", str(tmp_path / "digits.yaml"), "--run_dir", str(tmp_path / "run")])
     checkpoint = checkpoint_of(tmp_path / "run", 8)
-    main(["export", str(checkpoint), "--out", str(tmp_path / "model")])
+    main(["export", str(checkpoint), "--out", str(tmp_path / "model"), "--format", "onnx"])
     with pytest.raises(ValueError, match="--tokenizer bytes: leave it out, .* is an image model"):
         main(["export", str(checkpoint), "--out", str(tmp_path / "other"), "--tokenizer", "bytes"])
     model, saved = from_pretrained(tmp_path / "model"), load_model(checkpoint)
@@ -331,6 +332,12 @@ def test_an_image_model_is_exported(tmp_path, monkeypatch):
         names = {"images": images}
         exec(snippet, names)
         assert torch.equal(names["model"](images), model(images))
+    # the ONNX file too, for any batch and image size
+    session = onnxruntime.InferenceSession("model/model.onnx")
+    for shape in ((2, 3, 8, 8), (1, 3, 8, 20), (5, 3, 12, 8)):
+        images = torch.randn(shape)
+        (logits,) = session.run(["logits"], {"pixel_values": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(images).detach(), rtol=0, atol=1e-5)
     # and preprocessing and names of classes go along
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
     expected = ImageDataModule(**settings["data"]["init_args"]).eval_transform(photo)
