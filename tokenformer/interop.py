@@ -17,6 +17,7 @@ from tokenformer.growth import COUNT_OF, pattention_layers
 from tokenformer.language import TokenFormerLM
 from tokenformer.pattention import Pattention
 from tokenformer.timm_models import folder_config, transformers_config
+from tokenformer.trained import read_trained
 from tokenformer.vision import TokenFormerViT
 
 # What `model_type` in a config.json stands for: config, model, and the name of the model in transformers.
@@ -168,24 +169,41 @@ def _joined_segments(layer: Pattention) -> dict[str, Tensor]:
 FREE = {"init", "scale", "vocab_size", "vocab_multiple", "max_seq_len", "image_size", "num_classes", "drop_path"}
 
 
+def load_trained(path: str | Path) -> TokenFormerLM | TokenFormerViT:
+    """The model in the checkpoint of a training, ours or timm's, with its parameter tokens joined; in eval mode.
+
+    Raises:
+        ValueError: for what is no such checkpoint.
+    """
+    model, tensors = read_trained(Path(path))
+    load_checked(model.to(precision(tensors)), tensors, path)
+    config: Any = present_config(model)
+    joined: TokenFormerLM | TokenFormerViT = type(model)(config).to(precision(tensors))
+    load_checked(joined, consolidated_state(model), path)
+    if isinstance(joined, TokenFormerViT) and isinstance(model, TokenFormerViT):
+        joined.pretrained_cfg = model.pretrained_cfg
+    return joined.eval()
+
+
 def load_initial_weights(model: Any, folder: str | Path) -> None:
     """Give a model the weights in a folder, to train it further. A classifier for other classes stays new.
 
     Args:
         model: a TokenFormerLM or TokenFormerViT of the sizes in the folder's config; see `FREE` for what may differ.
-        folder: what :func:`from_pretrained` reads.
+        folder: what :func:`from_pretrained` reads, or :func:`load_trained`.
 
     Raises:
         ValueError: that lists the sizes that differ.
     """
-    source, own = (asdict(config) for config in (read_config(folder), model.config))
+    trained = None if Path(folder).is_dir() else load_trained(folder)
+    source, own = (asdict(c) for c in (trained.config if trained else read_config(folder), model.config))
     if source.keys() != own.keys():
         raise ValueError(f"{folder}: is a {'vision' if 'patch_size' in source else 'language'} model, this is not")
     differing = [name for name in own if name not in FREE and own[name] != source[name]]
     if differing:
         listed = ", ".join(f"{name}={source[name]} (not {own[name]})" for name in differing)
         raise ValueError(f"{folder} has a model of other sizes: set model.config to {listed}")
-    tensors = _read_weights(folder)
+    tensors = dict(trained.state_dict()) if trained else _read_weights(folder)
     new: tuple[str, ...] = (".tau_gain",)  # 0, of a tau that is trained from now on
     if own.get("num_classes") != source.get("num_classes"):
         new += ("head.weight", "head.bias")

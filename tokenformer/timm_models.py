@@ -6,9 +6,11 @@ and the other fields of ViTConfig by their names (`ffn_tokens`, `scale`, `baseli
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
 
@@ -50,28 +52,56 @@ default_cfgs = {  # where `register_model` looks for them
 }
 
 
-def build(img_size: int | Sequence[int] = 224, drop_rate: float = 0.0, **arguments: Any) -> "TokenFormerViT":
+def square(img_size: int | Sequence[int]) -> int:
+    """Height and width of an image, from one number or two equal ones.
+
+    Raises:
+        ValueError: where they differ.
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if height != width:
+        raise ValueError(f"img_size={img_size}: positions are of square images; call the model with others as they are")
+    return height
+
+
+def build(
+    img_size: int | Sequence[int] = 224,
+    drop_rate: float = 0.0,
+    global_pool: str = "token",
+    dynamic_img_size: bool = True,
+    device: Any = None,
+    dtype: Any = None,
+    **arguments: Any,
+) -> "TokenFormerViT":
     """A model from timm's arguments.
 
     Args:
         img_size: height and width, one number or two equal ones.
         drop_rate: timm's scripts give it always; must be 0.
+        global_pool: token, avg, or "" for a model with a class token that pools nothing.
+        dynamic_img_size: must be true: every model takes images of other sizes.
+        device: for the model.
+        dtype: of the model.
         arguments: see `FIELD_OF`.
 
     Raises:
-        ValueError: for sizes that the config refuses, an image that is not square, or dropout.
+        ValueError: for sizes that the config refuses, an image that is not square, dropout, other pooling.
         TypeError: for unknown arguments.
     """
     if unknown := arguments.keys() - FIELD_OF.keys():
         raise TypeError(f"unknown arguments {', '.join(sorted(unknown))}: choose from {', '.join(FIELD_OF)}")
     if drop_rate:
         raise ValueError(f"drop_rate={drop_rate}: the model has no dropout; drop_path_rate is stochastic depth")
+    if not dynamic_img_size:
+        raise ValueError("dynamic_img_size=False: the model takes images of any whole number of patches; leave it out")
     from tokenformer.vision import TokenFormerViT  # imports timm, during whose import this module is run
 
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if height != width:
-        raise ValueError(f"img_size={img_size}: build the model for square images; it takes others when it is called")
-    return TokenFormerViT(ViTConfig(image_size=height, **{FIELD_OF[name]: value for name, value in arguments.items()}))
+    arguments |= {"img_size": square(img_size), "global_pool": global_pool or "token"}
+    config = ViTConfig(**{FIELD_OF[name]: value for name, value in arguments.items()})
+    with nullcontext() if device is None else torch.device(device):
+        model = TokenFormerViT(config).to(dtype=dtype)
+    model.global_pool = global_pool
+    return model
 
 
 def folder_config(config: ViTConfig, described: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 One file: the tests share a trained run, which takes seconds to make.
 """
 
+import argparse
 import json
 import pickle
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import yaml
 from PIL import Image
 from pyarrow.parquet import read_table
 from safetensors.torch import load_file, save_file
+from timm.utils import CheckpointSaver
 from transformers import pipeline
 
 import tokenformer.hf  # noqa: F401
@@ -27,6 +30,7 @@ from lit_modules.checkpoints.reading import read_checkpoint
 from lit_modules.checkpoints.validation import checksums, find_corruption, latest_valid, write_manifest
 from lit_modules.checkpoints.writing import AtomicCheckpointIO
 from lit_modules.cli import console, main
+from lit_modules.commands.predict import described
 from lit_modules.commands.tokenizers import save_tokenizer, tokenizer_of
 from lit_modules.modules.loading import load_model, module_from_checkpoint
 from lit_modules.strategies.fsdp2 import FSDP2
@@ -34,8 +38,8 @@ from tests.conftest import ASSETS
 from tests.integration.growing import checkpoint_of, config_of, contents, fit
 from tests.integration.test_training import rows
 from tests.integration.test_vision_training import TINY as TINY_VISION
-from tokenformer import from_pretrained
-from tokenformer.interop import consolidated_state
+from tokenformer import TokenFormerLM, TokenFormerViT, from_pretrained, grow
+from tokenformer.interop import consolidated_state, load_initial_weights
 
 GOLDEN = ASSETS / "golden_lm_small.safetensors"
 IDS = torch.arange(24).view(2, 12)
@@ -181,9 +185,11 @@ def test_the_wrong_kind_of_file_names_the_command(run, tmp_path, monkeypatch):
         ("export", tmp_path / "none.ckpt", "no such file"),
         ("export", tmp_path / "broken.ckpt", "truncated or not a checkpoint"),
         ("export", tmp_path / "pytorch_model.pt", "`tokenformer import .*; wanted is a checkpoint"),
-        ("import", checkpoint_of(run[1], 14), "`tokenformer export .*; wanted is a released checkpoint"),
         ("import", exported, "is an exported model, for .*; it has no tensors"),
         ("import", golden, "give num_heads"),
+        ("predict", checkpoint_of(run[1], 14), "is no image model"),
+        ("predict", exported, "is no image model"),
+        ("predict", golden, "`tokenformer import .*; wanted is a checkpoint"),
         ("generate", run[1], "the newest is .*; wanted is a checkpoint"),
         ("grow", golden, "`tokenformer import .*; wanted is a checkpoint in one file"),
         ("grow", run[1], "the newest is .*; wanted is a checkpoint in one file"),
@@ -292,6 +298,50 @@ def test_a_folder_is_trained_on(run, tmp_path):
     assert not torch.equal(on.embedding.weight, one["embedding.weight"])
 
 
+def test_checkpoints_of_a_training_are_read_as_they_are(run, tmp_path):
+    """One of ours, grown twice, and timm's own: by `init_from` and by `import`."""
+    checkpoint = checkpoint_of(run[1], 14)
+    for command in ("export", "import"):
+        main([command, str(checkpoint), "--out", str(tmp_path / command)])
+    one, two = (load_file(tmp_path / command / "model.safetensors") for command in ("export", "import"))
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    model = from_pretrained(tmp_path / "export")
+    fresh = TokenFormerLM(model.config)
+    load_initial_weights(fresh, checkpoint)
+    assert torch.equal(fresh(IDS), model(IDS))
+    with pytest.raises(ValueError, match=r"set model\.config to qkv_tokens=64 \(not 16\)"):
+        load_initial_weights(TokenFormerLM(replace(model.config, qkv_tokens=16)), checkpoint)
+
+    name, options = "tokenformer_vit_tiny_patch16_224", {"depth": 2, "dim": 32, "num_heads": 4, "scale": "learned"}
+    options |= {"qkv_tokens": 8, "proj_tokens": 8, "ffn_tokens": 16}
+    vit = timm.create_model(name, img_size=32, num_classes=5, **options).eval()
+    grow(vit, ffn=24, init="random")
+    args = argparse.Namespace(model=name, model_kwargs=options, mean=[0.5, 0.5, 0.5], interpolation="")
+    saver = CheckpointSaver(vit, torch.optim.SGD(vit.parameters(), 0.1), args=args, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0, 1.0)
+    main(["import", str(tmp_path / "last.pth.tar"), "--out", str(tmp_path / "vit")])
+    images = torch.randn(2, 3, 32, 32)
+    imported = from_pretrained(tmp_path / "vit")
+    torch.testing.assert_close(imported(images), vit(images), rtol=0, atol=1e-6)
+    assert (imported.config.ffn_tokens, imported.pretrained_cfg["mean"]) == (24, [0.5, 0.5, 0.5])
+    other = TokenFormerViT(replace(imported.config, num_classes=7))
+    load_initial_weights(other, tmp_path / "last.pth.tar")
+    torch.testing.assert_close(other.forward_features(images), vit.forward_features(images), rtol=0, atol=1e-5)
+    args.model = "resnet18"
+    saver.save_checkpoint(1, 2.0)
+    torch.save({"a": 1}, tmp_path / "none.ckpt")
+    (tmp_path / "half.ckpt").write_bytes(b"half")
+    for file, message in (
+        ("last.pth.tar", "its model is 'resnet18', not one of tokenformer_vit_tiny"),
+        ("none.ckpt", "holds no state_dict"),
+        ("half.ckpt", "truncated, or no checkpoint"),
+        ("vit/model.safetensors", "a part of the exported model .*; wanted is the folder of an exported model"),
+        ("missing.ckpt", "no such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_initial_weights(other, tmp_path / file)
+
+
 def test_an_imported_model_grows(tmp_path, golden_lm):
     main(["import", str(GOLDEN), "--out", str(tmp_path / "ours"), "--num_heads", "4"])
     save_tokenizer(ByteTokenizer(), tmp_path / "ours", 32)
@@ -358,6 +408,11 @@ def test_an_image_model_is_exported(tmp_path, monkeypatch):
     assert from_pretrained("again").pretrained_cfg == model.pretrained_cfg
     main(["grow", "model", "--factor", "2", "--out", "grown"])
     assert from_pretrained("grown").pretrained_cfg == model.pretrained_cfg
+    # of a checkpoint from before it said so, the run's config tells
+    older = {name: value for name, value in read_checkpoint(checkpoint).items() if name != "preprocessing"}
+    told = described(older, yaml.safe_load(Path("run/config.yaml").read_text()))
+    assert told == {name: model.pretrained_cfg[name] for name in told}
+    assert told.keys() == {"input_size", "interpolation", "crop_pct", "mean", "std", "label_names"}
     # the model knows what `predict` needs, the training's data may be elsewhere
     Path("photos").mkdir()
     photo.save("photos/one.png")
