@@ -1,8 +1,12 @@
-"""ImageDataModule: images to batches. B batch, S image size, C classes."""
+"""ImageDataModule: images to batches. B batch, S image size, C classes.
+
+One file: the settings of one class, and what they mean for each split.
+"""
 
 import re
 import warnings
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +20,7 @@ from torchvision import transforms
 from datamodules.image_batches import AugmentedBatches, OrderedImages
 from datamodules.image_classes import read_class_map
 from datamodules.image_files import ENDINGS, Images
-from datamodules.image_sources import ImageFormat, counted, open_source, open_unlabelled
+from datamodules.image_sources import ImageFormat, Source, counted, open_source, open_unlabelled
 from datamodules.loader import IGNORE, Loader, StreamDataModule, StreamLoader, loading, rank_and_world_size
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -58,6 +62,7 @@ class ImageDataModule(StreamDataModule):
         seed: of the order of samples and of the augmentation.
         predict_source: images for `predict`: a folder, searched with all that is below it, a file, a glob, or
             hf:NAME[:CONFIG][@SPLIT]. Default: the validation images.
+        class_names: names of the classes, for `predict` where there is no source; default: the source's.
 
     Raises:
         ValueError: for a setting out of range, a source that isn't there or has no classes; in `setup`, for splits
@@ -91,6 +96,7 @@ class ImageDataModule(StreamDataModule):
         num_workers: int = 4,
         seed: int = 0,
         predict_source: str | None = None,
+        class_names: list[str] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least, most in (
@@ -159,27 +165,35 @@ class ImageDataModule(StreamDataModule):
 
         # Known before any image is read, since the model's head is built from it.
         self._form = ImageFormat(val_fraction, image_column, label_column)
-        self._source = open_source(source, self._form)
-        if class_map is not None:
-            self._source.classes = read_class_map(class_map)
+        self._given_source, self._class_map, self._given_names = source, class_map, class_names
         self.num_classes = len(self.class_names)
         self.mix = Mixup(mixup, cutmix, label_smoothing=0, num_classes=self.num_classes) if mixup or cutmix else None
         self._images: dict[str, Images] = {}
         self._unreadable = torch.zeros(0, dtype=torch.bool)
 
+    @cached_property
+    def _source(self) -> Source:
+        source = open_source(self._given_source, self._form)
+        if self._class_map is not None:
+            source.classes = read_class_map(self._class_map)
+        return source
+
     @property
     def class_names(self) -> list[str]:
         """In the order of the model's outputs."""
-        return self._source.classes.names
+        return self._source.classes.names if self._given_names is None else self._given_names
 
     def set_class_order(self, names: list[str]) -> None:
         """Take the order of a model that knows the same classes."""
+        if self._given_names is not None:
+            self._given_names = names
+            return
         self._source.classes = self._source.classes.in_order_of(names)
         self._images.clear()
 
     def some_classes(self, split: str) -> list[int] | None:
         """The classes that the split has images of, where a class map names more; None for all."""
-        if not self._source.classes.mapped:
+        if self._given_names is not None or not self._source.classes.mapped:
             return None
         labels = self.images(split).labels
         found: list[int] = np.unique(labels[labels >= 0]).tolist()
@@ -187,7 +201,8 @@ class ImageDataModule(StreamDataModule):
 
     def prepare_data(self) -> None:
         """Download what isn't here."""
-        self._source.prepare()
+        if "_source" in vars(self):
+            self._source.prepare()
 
     def setup(self, stage: str) -> None:
         """List the images of the stage's splits and check them."""
@@ -221,6 +236,17 @@ class ImageDataModule(StreamDataModule):
         if left_out:
             rank_zero_info(f"{where}: {len(images):,} images{left_out}")
         return images
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What evaluation does to an image, in timm's words."""
+        return {
+            "input_size": [self.in_channels, self.image_size, self.image_size],
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
     def order(self) -> dict[str, int | str]:
         """The training images, and how they are shuffled and repeated."""

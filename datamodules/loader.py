@@ -133,6 +133,9 @@ class StreamDataModule(LightningDataModule, ABC):
     def order(self) -> dict[str, int | str]:
         """What decides which sample comes where in the stream, by the names that a user knows."""
 
+    def __str__(self) -> str:  # Lightning's opens all the data to say how much there is; the config parser asks for it
+        return type(self).__name__
+
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
         return self.order()

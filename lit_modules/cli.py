@@ -26,7 +26,7 @@ commands:
   test       on test data             tokenformer test --config FILE --ckpt_path last
   predict    loss of each token of a text file, into a CSV; classes of images, into a parquet file
                                       tokenformer predict --config FILE --ckpt_path last --data.predict_file TEXT
-                                      tokenformer predict --config FILE --ckpt_path last --data.predict_source FOLDER
+                                      tokenformer predict MODEL --data.predict_source FOLDER
   prepare    download and tokenize the data and stop
                                       tokenformer prepare --config FILE
   plan       what training a language model would cost at each size it grows to, and on 1 to 1,024 devices
@@ -108,6 +108,10 @@ def main(args: list[str] | None = None) -> None:
         with _without_collections():
             from lit_modules.commands.experiment import run
 
+        if given[0] == "predict":
+            from lit_modules.commands.predict import with_model
+
+            given = ["predict", *with_model(given[1:])]
         run(["--help" if arg == "--help.all" else arg for arg in given])
 
 

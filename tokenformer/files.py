@@ -7,6 +7,7 @@ from pathlib import Path
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of an exported model's folder
 INDEX = f"{WEIGHTS}.index.json"  # in place of the weights, where transformers has divided them into several files
+PROCESSOR = "preprocessor_config.json"  # of an image model's, for transformers
 RELEASED_WEIGHTS = ("pytorch_model.bin", "model.safetensors")  # of a released checkpoint's; or shards and their index
 SHARDED = "meta.pt"  # what Lightning writes into the folder of a sharded checkpoint
 

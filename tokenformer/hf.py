@@ -27,11 +27,13 @@ from tokenformer.config import LMConfig, ViTConfig
 from tokenformer.interop import consolidated_state, present_config
 from tokenformer.language import TokenFormerLM
 from tokenformer.pattention import Pattention
+from tokenformer.timm_models import INPUT, folder_config
 from tokenformer.vision import TokenFormerViT, _sincos
 
 try:
     from transformers import (
         AutoConfig,
+        AutoImageProcessor,
         AutoModelForCausalLM,
         AutoModelForImageClassification,
         Cache,
@@ -39,6 +41,7 @@ try:
         GenerationMixin,
         PreTrainedConfig,
         PreTrainedModel,
+        TimmWrapperImageProcessor,
     )
     from transformers.masking_utils import create_causal_mask
     from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifierOutput
@@ -104,9 +107,13 @@ class TokenFormerViTConfig(_NativeConfig):
         return super().native()
 
     def follow(self, native: Any) -> None:
-        """Take the fields of a ViTConfig; labels keep their names where their number stays."""
+        """Take the fields of a ViTConfig; labels keep their names where their number stays. Tell timm of both."""
         super().follow(native)
         self.num_labels = native.num_classes
+        names = list((self.id2label or {}).values())
+        own = {} if names[:1] == ["LABEL_0"] else {"label_names": names}  # else transformers has made them up
+        cfg = getattr(self, "pretrained_cfg", {})
+        self.update(folder_config(native, {name: cfg[name] for name in INPUT if name in cfg} | own))
 
 
 class _NativeModel(PreTrainedModel):
@@ -387,4 +394,6 @@ class TokenFormerForImageClassification(_NativeModel):
 AutoConfig.register(TokenFormerConfig.model_type, TokenFormerConfig)
 AutoConfig.register(TokenFormerViTConfig.model_type, TokenFormerViTConfig)
 AutoModelForCausalLM.register(TokenFormerConfig, TokenFormerForCausalLM)
+# To the bit what evaluation does; of a folder whose config.json has a `pretrained_cfg`, transformers reads that.
+AutoImageProcessor.register(TokenFormerViTConfig, fast_image_processor_class=TimmWrapperImageProcessor)
 AutoModelForImageClassification.register(TokenFormerViTConfig, TokenFormerForImageClassification)

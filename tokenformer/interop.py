@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenformer.config import LMConfig, ViTConfig
-from tokenformer.files import CONFIG, INDEX, WEIGHTS, is_exported, shards, wrong_kind
+from tokenformer.files import CONFIG, INDEX, PROCESSOR, WEIGHTS, is_exported, shards, wrong_kind
 from tokenformer.growth import COUNT_OF, pattention_layers
 from tokenformer.language import TokenFormerLM
 from tokenformer.pattention import Pattention
+from tokenformer.timm_models import folder_config, transformers_config
+from tokenformer.trained import read_trained
 from tokenformer.vision import TokenFormerViT
 
 # What `model_type` in a config.json stands for: config, model, and the name of the model in transformers.
@@ -28,6 +30,9 @@ KINDS: dict[str, tuple[Any, Any, str]] = {
 def save_pretrained(model: TokenFormerLM | TokenFormerViT, folder: str | Path) -> None:
     """Write a model as a folder: its consolidated state dict in `model.safetensors`, its sizes in `config.json`.
 
+    Of an image model also what images it takes and what its classes are called, as far as `pretrained_cfg` says, and
+    the former once more in `preprocessor_config.json`, for transformers.
+
     Args:
         model: in its own precision; it is left as it is.
         folder: made if it is not there.
@@ -36,7 +41,12 @@ def save_pretrained(model: TokenFormerLM | TokenFormerViT, folder: str | Path) -
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in consolidated_state(model).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config_dict(model), indent=2) + "\n")
+    config = config_dict(model)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if isinstance(model, TokenFormerViT):
+        _, processor = transformers_config(config["pretrained_cfg"])
+        if processor is not None:
+            (folder / PROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
 
 
@@ -44,7 +54,7 @@ def from_pretrained(folder: str | Path) -> TokenFormerLM | TokenFormerViT:
     """Read a folder that :func:`save_pretrained` or `tokenformer export` wrote.
 
     Returns:
-        The model in eval mode, in the precision of the file.
+        The model in eval mode, in the precision of the file; an image model has its `pretrained_cfg`.
 
     Raises:
         ValueError: for what is no such folder; for tensors that are missing, left over or of another shape.
@@ -55,6 +65,8 @@ def from_pretrained(folder: str | Path) -> TokenFormerLM | TokenFormerViT:
     (model_class,) = (made for made_from, made, _ in KINDS.values() if made_from is type(config))
     model = model_class(config).to(precision(tensors))
     load_checked(model, tensors, folder)
+    if isinstance(model, TokenFormerViT):
+        model.pretrained_cfg = read_json(folder).get("pretrained_cfg", {})
     return model.eval()
 
 
@@ -76,12 +88,7 @@ def read_config(folder: str | Path) -> LMConfig | ViTConfig:
         ValueError: for what is no such folder.
     """
     folder = Path(folder)
-    if not is_exported(folder):
-        raise wrong_kind(folder, f"wanted is a folder with {CONFIG} and {WEIGHTS}")
-    try:
-        given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: corrupted: {error}") from error
+    given = read_json(folder)
     if given.get("model_type") not in KINDS:
         known = ", ".join(KINDS)
         raise ValueError(
@@ -92,11 +99,33 @@ def read_config(folder: str | Path) -> LMConfig | ViTConfig:
     return config_class(**{f.name: given[f.name] for f in fields(config_class) if f.name in given})
 
 
+def read_json(folder: Path) -> dict[str, Any]:
+    """The config.json of an exported model.
+
+    Raises:
+        ValueError: for what is no such folder.
+    """
+    if not is_exported(folder):
+        raise wrong_kind(folder, f"wanted is a folder with {CONFIG} and {WEIGHTS}")
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: corrupted: {error}") from error
+
+
 def config_dict(model: TokenFormerLM | TokenFormerViT) -> dict[str, Any]:
-    """What `config.json` says of a model: its kind, its precision, the fields of its config at its present size."""
+    """What `config.json` says of a model: its kind, its precision, the fields of its config at its present size.
+
+    Of an image model also what timm and transformers want to know.
+    """
     (kind, name) = next((kind, name) for kind, (_, made, name) in KINDS.items() if isinstance(model, made))
     dtype = str(precision(dict(model.named_parameters()))).removeprefix("torch.")
-    return {"model_type": kind, "architectures": [name], "dtype": dtype} | asdict(present_config(model))
+    config: Any = present_config(model)
+    described: dict[str, Any] = {}
+    if isinstance(model, TokenFormerViT):
+        described = folder_config(config, model.pretrained_cfg)
+        described |= transformers_config(described["pretrained_cfg"])[0]
+    return {"model_type": kind, "architectures": [name], "dtype": dtype} | asdict(config) | described
 
 
 def present_config(model: TokenFormerLM | TokenFormerViT) -> LMConfig | ViTConfig:
@@ -144,24 +173,41 @@ def _joined_segments(layer: Pattention) -> dict[str, Tensor]:
 FREE = {"init", "scale", "vocab_size", "vocab_multiple", "max_seq_len", "image_size", "num_classes", "drop_path"}
 
 
+def load_trained(path: str | Path) -> TokenFormerLM | TokenFormerViT:
+    """The model in the checkpoint of a training, ours or timm's, with its parameter tokens joined; in eval mode.
+
+    Raises:
+        ValueError: for what is no such checkpoint.
+    """
+    model, tensors = read_trained(Path(path))
+    load_checked(model.to(precision(tensors)), tensors, path)
+    config: Any = present_config(model)
+    joined: TokenFormerLM | TokenFormerViT = type(model)(config).to(precision(tensors))
+    load_checked(joined, consolidated_state(model), path)
+    if isinstance(joined, TokenFormerViT) and isinstance(model, TokenFormerViT):
+        joined.pretrained_cfg = model.pretrained_cfg
+    return joined.eval()
+
+
 def load_initial_weights(model: Any, folder: str | Path) -> None:
     """Give a model the weights in a folder, to train it further. A classifier for other classes stays new.
 
     Args:
         model: a TokenFormerLM or TokenFormerViT of the sizes in the folder's config; see `FREE` for what may differ.
-        folder: what :func:`from_pretrained` reads.
+        folder: what :func:`from_pretrained` reads, or :func:`load_trained`.
 
     Raises:
         ValueError: that lists the sizes that differ.
     """
-    source, own = (asdict(config) for config in (read_config(folder), model.config))
+    trained = None if Path(folder).is_dir() else load_trained(folder)
+    source, own = (asdict(c) for c in (trained.config if trained else read_config(folder), model.config))
     if source.keys() != own.keys():
         raise ValueError(f"{folder}: is a {'vision' if 'patch_size' in source else 'language'} model, this is not")
     differing = [name for name in own if name not in FREE and own[name] != source[name]]
     if differing:
         listed = ", ".join(f"{name}={source[name]} (not {own[name]})" for name in differing)
         raise ValueError(f"{folder} has a model of other sizes: set model.config to {listed}")
-    tensors = _read_weights(folder)
+    tensors = dict(trained.state_dict()) if trained else _read_weights(folder)
     new: tuple[str, ...] = (".tau_gain",)  # 0, of a tau that is trained from now on
     if own.get("num_classes") != source.get("num_classes"):
         new += ("head.weight", "head.bias")

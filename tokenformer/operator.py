@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from tokenformer.fused import attend_l2_norm_gelu, joined, row_norm
+from tokenformer.fused import attend_l2_norm_gelu, joined, norm_factor, row_norm
 
 ScoreNorm = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 
@@ -106,9 +106,6 @@ def _as_given(
         weights = scores.softmax(-1) * scale  # subtracts the row's maximum, so it can't overflow
     else:
         weights = F.gelu(scores)
-        norm = row_norm(weights)
-        scale = scale.to(norm.dtype) if isinstance(scale, Tensor) else scale
-        factor = torch.where(norm > 0, scale / torch.where(norm > 0, norm, 1), 0)  # without a NaN in its gradient
-        weights = weights * factor
+        weights = weights * norm_factor(row_norm(weights), scale)
     tokens = joined(values)
     return weights.to(tokens.dtype) @ tokens

@@ -1,5 +1,7 @@
 """TokenFormerViT: an image classifier whose every projection is a Pattention, with the interface of a timm model.
 
+One file: timm asks one class for all of it.
+
 B batch, P patches, T tokens (the patches, and the class token before them), D channels, C classes.
 """
 
@@ -10,12 +12,18 @@ from typing import Any, Literal
 
 import torch
 from timm.layers import DropPath, PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
+from timm.models import register_notrace_function, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tokenformer.backbone import Backbone, rotary_tables
 from tokenformer.config import ViTConfig
+from tokenformer.pattention import Pattention
+from tokenformer.timm_models import square
+
+register_notrace_module(Pattention)  # torch.fx takes a layer as one node: what it calls depends on its segments
 
 
 class TokenFormerViT(nn.Module):
@@ -41,6 +49,7 @@ class TokenFormerViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
+        self.pretrained_cfg: dict[str, Any] = {}  # timm's: what images it takes, what its classes are called
         self.patch_embed = PatchEmbed(
             config.image_size, config.patch_size, config.in_channels, config.dim, strict_img_size=False
         )
@@ -54,6 +63,8 @@ class TokenFormerViT(nn.Module):
             if rate := config.drop_path * i / max(1, config.depth - 1):
                 block.drop_path = DropPath(rate)
         self.head = self._classifier()
+        self.global_pool: str = config.pool  # what is classified: token, avg, or each token by itself: ""
+        self.in_chans = config.in_channels
         self.num_features = self.head_hidden_size = self.embed_dim = config.dim  # the names that timm reads
         self.feature_info = [
             {"module": f"backbone.blocks.{i}", "num_chs": config.dim, "reduction": config.patch_size}
@@ -87,20 +98,17 @@ class TokenFormerViT(nn.Module):
         """(B, 3, H, W) -> (B, T, D)."""
         x = self.patch_embed(images)  # (B, P, D)
         if self.class_token is not None:
-            x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1)  # (B, T, D)
-        rows, columns = (side // self.config.patch_size for side in images.shape[-2:])
-        return x + self._resampled(self.position, rows, columns)
-
-    def _resampled(self, position: Tensor, rows: int, columns: int) -> Tensor:
-        """Position embeddings of a square grid, for a grid of another size, (1, T, D)."""
-        side = math.isqrt(position.shape[1] - self.num_prefix_tokens)
-        if (rows, columns) == (side, side):
-            return position
-        return resample_abs_pos_embed(position, [rows, columns], [side, side], num_prefix_tokens=self.num_prefix_tokens)
+            x = torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, T, D)
+        height, width = images.shape[-2:]
+        rows, columns = height // self.config.patch_size, width // self.config.patch_size
+        return x + resampled(self.position, rows, columns, self.num_prefix_tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, T, D) -> logits (B, C); with `pre_logits` what the classifier reads, (B, D)."""
-        pooled = x[:, 0] if self.class_token is not None else x.mean(dim=1)
+        """Tokens (B, T, D) -> logits (B, C); with `pre_logits` what the classifier reads, (B, D).
+
+        Both of every token, (B, T, C) and (B, T, D), where `global_pool` is "".
+        """
+        pooled = x[:, 0] if self.global_pool == "token" else x.mean(dim=1) if self.global_pool == "avg" else x
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -113,7 +121,7 @@ class TokenFormerViT(nn.Module):
         if name in state_dict:
             patches = state_dict[name].shape[1] - self.num_prefix_tokens
             if math.isqrt(patches) ** 2 == patches:  # else it has a class token too many or too few, and torch says so
-                state_dict[name] = self._resampled(state_dict[name], grid, grid)
+                state_dict[name] = resampled(state_dict[name], grid, grid, self.num_prefix_tokens)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # From here to `prune_intermediate_layers`: what timm's scripts, optimizers and feature extractors ask a model for.
@@ -122,11 +130,6 @@ class TokenFormerViT(nn.Module):
     def num_classes(self) -> int:
         """Outputs; 0 without classifier."""
         return self.config.num_classes
-
-    @property
-    def global_pool(self) -> str:
-        """What is classified: token or avg."""
-        return self.config.pool
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -142,18 +145,43 @@ class TokenFormerViT(nn.Module):
 
         Args:
             num_classes: its outputs; 0 for none.
-            global_pool: what the model has already, or None.
+            global_pool: what the model was built for, "" for no pooling, None for what it has; no part of the config.
 
         Raises:
             ValueError: for another pooling.
         """
-        if global_pool not in (None, self.global_pool):
+        if global_pool not in (None, "", self.config.pool):
             raise ValueError(
-                f"global_pool={global_pool!r}: the model was built for {self.global_pool!r}, which decides on its "
-                "class token: build another model; forward_features gives tokens without pooling"
+                f"global_pool={global_pool!r}: the model was built for {self.config.pool!r}, which decides on its "
+                "class token: build another model; '' gives tokens without pooling"
             )
+        if global_pool is not None:
+            self.global_pool = global_pool
         self.config = replace(self.config, num_classes=num_classes)
         self.head = self._classifier().to(self.patch_embed.proj.weight).train(self.training)
+
+    def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: Any = None) -> None:
+        """Let images of another size be the usual ones, with position embeddings resampled once and for all.
+
+        Args:
+            img_size: height and width, one number or two equal ones.
+            patch_size: what it is already, or None.
+
+        Raises:
+            ValueError: for an image that is not square or no whole number of patches, and for another patch size.
+        """
+        if patch_size not in (None, self.config.patch_size, (self.config.patch_size,) * 2):
+            raise ValueError(f"patch_size={patch_size}: the patch embedding is made for {self.config.patch_size}")
+        if img_size is None:
+            return
+        self.config = replace(self.config, image_size=square(img_size))
+        grid, old = self.config.grid, self.position
+        if isinstance(old, nn.Parameter):
+            new = resampled(old.detach(), grid, grid, self.num_prefix_tokens)
+            self.position = nn.Parameter(new, requires_grad=old.requires_grad)
+        else:
+            self.position = _sincos(self.config).to(old)
+        self.patch_embed.set_input_size(self.config.image_size)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are embeddings and not weights."""
@@ -219,6 +247,20 @@ class TokenFormerViT(nn.Module):
         intermediates = list(zip(patches, prefix, strict=True)) if pairs else patches
         return intermediates if intermediates_only else (backbone.norm(x), intermediates)
 
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> Any:
+        """:meth:`forward_intermediates` as DINO has it: (B, P, D) each; (B, D, rows, columns) with `reshape`."""
+        shape: Literal["NCHW", "NLC"] = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(
+            images, n, return_prefix_tokens, norm, output_fmt=shape, intermediates_only=True
+        )
+
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -248,6 +290,21 @@ class TokenFormerViT(nn.Module):
         now = sum(p.numel() for p in self.backbone.blocks.parameters() if p.ndim == 2)
         grown = now - config.depth * config.block_matmul_params()
         return config.flops_per_image(image_size) + 2 * tokens * grown
+
+
+def resampled(position: Tensor, rows: int, columns: int, num_prefix_tokens: int) -> Tensor:
+    """Position embeddings of a square grid, for a grid of another size, (1, T, D)."""
+    side = math.isqrt(position.shape[1] - num_prefix_tokens)
+    if isinstance(rows, torch.SymInt) or isinstance(columns, torch.SymInt):  # in torch.export, which is to hold for all
+        grid = position[:, num_prefix_tokens:].unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+        grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=True).to(position.dtype)
+        return torch.cat((position[:, :num_prefix_tokens], grid.flatten(2).transpose(1, 2)), dim=1)
+    if (rows, columns) == (side, side):
+        return position
+    return resample_abs_pos_embed(position, [rows, columns], [side, side], num_prefix_tokens=num_prefix_tokens)
+
+
+register_notrace_function(resampled)
 
 
 def _sincos(config: ViTConfig) -> Tensor:

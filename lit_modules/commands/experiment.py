@@ -32,6 +32,7 @@ from lit_modules.callbacks import (
 )
 from lit_modules.callbacks.checkpoint import RunCheckpoint
 from lit_modules.callbacks.watchdog import end_with
+from lit_modules.checkpoints.reading import read_header
 from lit_modules.checkpoints.writing import AtomicCheckpointIO, remove_partial_checkpoints
 from lit_modules.commands.parser import ArgumentParser
 from lit_modules.commands.plan import num_devices, plan
@@ -171,6 +172,9 @@ class ExperimentCLI(LightningCLI):
             os.environ |= {RUN_DIR: str(run_dir), CKPT_PATH: str(checkpoint or ""), FIRST_PROCESS: str(os.getpid())}
         self._run_dir = os.environ[RUN_DIR]
         config.ckpt_path = os.environ[CKPT_PATH] or None
+        data = config.data.init_args
+        if self.config.subcommand == "predict" and config.ckpt_path and data.get("predict_source"):
+            data.class_names = read_header(Path(config.ckpt_path)).get("class_names")  # the source may be elsewhere
         given_size = config.model.init_args.get("config", {}).get("vocab_size")
         if given_size not in (None, LMConfig.vocab_size):
             raise ValueError(

@@ -1,11 +1,13 @@
 """Make a folder of the model in a checkpoint, which is read without Lightning, and can be published.
 
 CKPT is what `tokenformer fit` or `tokenformer grow` wrote: one file, or the folder of a sharded checkpoint (FSDP2). DIR
-gets model.safetensors (parameter tokens that share a norm joined), config.json, a model card, and for a language model
-its tokenizer, which is found by the run's config.yaml, for an image model class_map.txt, its classes in their order.
+gets model.safetensors (parameter tokens that share a norm joined), config.json, a model card; for a language model its
+tokenizer, which is found by the run's config.yaml; for an image model preprocessing and names of classes, for us, timm
+and transformers, and class_map.txt, its classes in their order.
 
   tokenformer export runs/small/20260131-120000-ab12/checkpoints/step-00002000.ckpt --out models/small
   tokenformer export step-00002000.ckpt --out models/small --weights raw --dtype bfloat16 --tokenizer tokenizer.json
+  tokenformer export step-00002000.ckpt --out models/small --format onnx
 
 In Python: tokenformer.from_pretrained("models/small").
 """
@@ -21,11 +23,14 @@ import torch
 
 from lit_modules.checkpoints.reading import config_of, read_checkpoint, run_dir_of
 from lit_modules.commands.model_card import model_card
+from lit_modules.commands.predict import described
 from lit_modules.commands.tokenizers import save_tokenizer, tokenizer_of
 from lit_modules.modules.loading import Weights, model_from_checkpoint
 from lit_modules.modules.vision import CLASS_MAP
-from tokenformer import TokenFormerLM, save_pretrained
+from tokenformer import TokenFormerLM, TokenFormerViT, save_pretrained
+from tokenformer.onnx import save_onnx
 
+Format = Literal["safetensors", "onnx"]
 DType = Literal["float32", "float16", "bfloat16"]
 
 
@@ -35,6 +40,7 @@ def export(
     weights: Weights = "average",
     dtype: DType | None = None,
     tokenizer: str | None = None,
+    format: Format = "safetensors",
 ) -> str:
     """Write the model in a checkpoint as a folder; say what was done.
 
@@ -44,6 +50,7 @@ def export(
         weights: of a checkpoint with an average (EMA): that, or the weights themselves.
         dtype: precision of the file; default: the checkpoint's.
         tokenizer: bytes, a file or hub:NAME; default: the run's.
+        format: onnx for a `model.onnx` beside `model.safetensors`.
 
     Raises:
         ValueError: for a checkpoint that can't be read, a folder that exists, a tokenizer that is none or has no use.
@@ -53,7 +60,11 @@ def export(
         model = model_from_checkpoint(checkpoint, weights)
         if dtype is not None:
             model.to(getattr(torch, dtype))
+        if isinstance(model, TokenFormerViT):
+            model.pretrained_cfg = described(checkpoint, config_of(source))
         save_pretrained(model, folder)
+        if format == "onnx":
+            save_onnx(model, folder / "model.onnx")
         notes: list[str] = []
         if isinstance(model, TokenFormerLM):
             try:
@@ -113,5 +124,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write; must not be there")
     parser.add_argument("--weights", choices=get_args(Weights), default="average", help="which, of a run with EMA")
     parser.add_argument("--dtype", choices=get_args(DType), help="precision of the file (default: the checkpoint's)")
+    onnx = "onnx: a model.onnx too, for any batch and length or image size (pip install 'tokenformer[onnx]')"
+    parser.add_argument("--format", choices=get_args(Format), default="safetensors", help=onnx)
     parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the run's)")
     print(export(**vars(parser.parse_args(args))))

@@ -31,7 +31,7 @@ COMMANDS = {
         (
             *FROM,
             ("--data.predict_file README.md", "of a language model: a text file"),
-            ("--data.predict_source photos", "of an image model: a folder"),
+            ("--data.predict_source photos", "of an image model: a folder; in place of --config: MODEL itself"),
             *ANYWHERE,
         ),
     ),

@@ -2,7 +2,8 @@
 
 PATH is the file of the weights (pytorch_model.bin, or .safetensors) or the folder that holds it, in one file or in
 shards with their index. It is read without running code, and every tensor's name and shape is checked. A DeepSpeed
-ZeRO folder has to be made one file first, by the zero_to_fp32.py that lies in it.
+ZeRO folder has to be made one file first, by the zero_to_fp32.py that lies in it. Of a checkpoint of `tokenformer fit`
+(.ckpt) it makes what `tokenformer export` makes; of one of timm's train.py (.pth.tar) an image model's folder.
 
   tokenformer import TokenFormer-150M --out models/150m --tokenizer hub:EleutherAI/gpt-neox-20b
   tokenformer fit --config FILE --model.init_from models/150m
@@ -11,11 +12,13 @@ ZeRO folder has to be made one file first, by the zero_to_fp32.py that lies in i
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from lit_modules.commands.export import new_folder
+from lit_modules.commands.export import export, new_folder
 from lit_modules.commands.model_card import model_card
 from lit_modules.commands.tokenizers import save_tokenizer, tokenizer_of
 from tokenformer import load_official, save_pretrained
+from tokenformer.interop import load_trained
 from tokenformer.released import RELEASED, read_released
 
 
@@ -31,6 +34,15 @@ def import_released(source: Path, out: Path, num_heads: int | None = None, token
     Raises:
         ValueError: for what is no such checkpoint, with all tensors that are missing, unknown or of a wrong shape.
     """
+    if source.suffix == ".ckpt":
+        return export(source, out, tokenizer=tokenizer)
+    if source.suffix == ".tar":
+        with new_folder(out) as folder:
+            model: Any = load_trained(source)
+            save_pretrained(model, folder)
+            card = model_card(model, out.name, f"From `{source.name}`, a checkpoint of timm's train.py.")
+            (folder / "README.md").write_text(card)
+        return f"wrote {out}: {model.num_params():,} parameters"
     with new_folder(out) as folder:
         tensors = read_released(source)
         model = load_official(tensors, num_heads)

@@ -6,10 +6,8 @@ from typing import Any
 from lit_modules.growth.history import count_by_kind
 from lit_modules.runs.tables import read_rows
 from tokenformer import TokenFormerLM, TokenFormerViT
-from tokenformer.files import WEIGHTS
 from tokenformer.growth import pattention_layers
 from tokenformer.interop import present_config
-from tokenformer.timm_models import create_call
 
 CITATION = "[TokenFormer](https://arxiv.org/abs/2410.23168)"
 
@@ -162,8 +160,7 @@ def _use(model: TokenFormerLM | TokenFormerViT, name: str, has_tokenizer: bool) 
     if isinstance(model, TokenFormerViT):
         side = model.config.image_size
         images = f"(B, {model.config.in_channels}, {side}, {side})"
-        config: Any = present_config(model)
-        timm = create_call(config, f"{name}/{WEIGHTS}")
+        timm = f'timm.create_model("local-dir:{name}", pretrained=True)'
         in_timm = f"After `import tokenformer`, in timm:\n\n```python\nimport timm\n\nmodel = {timm}.eval()\n```"
         return f"```python\n{python}\nlogits = model(images)  # {images}\n```{transformers}\n\n{in_timm}"
     command = f'\n\n```\ntokenformer generate {name} --prompt "Once upon a time"\n```' if has_tokenizer else ""

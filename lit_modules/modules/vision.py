@@ -173,10 +173,11 @@ class VisionModule(TokenFormerModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the history, and what the outputs stand for."""
+        """Keep the history, what the outputs stand for, and what evaluation does to an image."""
         super().on_save_checkpoint(checkpoint)
         if (data := getattr(self.trainer, "datamodule", None)) is not None:
             checkpoint["class_names"] = data.class_names
+            checkpoint["preprocessing"] = getattr(data, "preprocessing", {})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the size of the saved model, and the order of its classes; refuse one that knows others."""

@@ -3,22 +3,34 @@
 One file: the tests share a trained run, which takes seconds to make.
 """
 
+import argparse
 import json
 import pickle
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
+import timm
 import torch
 import yaml
+from PIL import Image
+from pyarrow.parquet import read_table
 from safetensors.torch import load_file, save_file
+from timm.utils import CheckpointSaver
+from transformers import pipeline
 
+import tokenformer.hf  # noqa: F401
+from datamodules.images import ImageDataModule
 from datamodules.tokenizer import ByteTokenizer, load_tokenizer
 from lit_modules.checkpoints.reading import read_checkpoint
 from lit_modules.checkpoints.validation import checksums, find_corruption, latest_valid, write_manifest
 from lit_modules.checkpoints.writing import AtomicCheckpointIO
 from lit_modules.cli import console, main
+from lit_modules.commands.predict import described
 from lit_modules.commands.tokenizers import save_tokenizer, tokenizer_of
 from lit_modules.modules.loading import load_model, module_from_checkpoint
 from lit_modules.strategies.fsdp2 import FSDP2
@@ -26,8 +38,8 @@ from tests.conftest import ASSETS
 from tests.integration.growing import checkpoint_of, config_of, contents, fit
 from tests.integration.test_training import rows
 from tests.integration.test_vision_training import TINY as TINY_VISION
-from tokenformer import from_pretrained
-from tokenformer.interop import consolidated_state
+from tokenformer import TokenFormerLM, TokenFormerViT, from_pretrained, grow
+from tokenformer.interop import consolidated_state, load_initial_weights
 
 GOLDEN = ASSETS / "golden_lm_small.safetensors"
 IDS = torch.arange(24).view(2, 12)
@@ -173,9 +185,11 @@ def test_the_wrong_kind_of_file_names_the_command(run, tmp_path, monkeypatch):
         ("export", tmp_path / "none.ckpt", "no such file"),
         ("export", tmp_path / "broken.ckpt", "truncated or not a checkpoint"),
         ("export", tmp_path / "pytorch_model.pt", "`tokenformer import .*; wanted is a checkpoint"),
-        ("import", checkpoint_of(run[1], 14), "`tokenformer export .*; wanted is a released checkpoint"),
         ("import", exported, "is an exported model, for .*; it has no tensors"),
         ("import", golden, "give num_heads"),
+        ("predict", checkpoint_of(run[1], 14), "is no image model"),
+        ("predict", exported, "is no image model"),
+        ("predict", golden, "`tokenformer import .*; wanted is a checkpoint"),
         ("generate", run[1], "the newest is .*; wanted is a checkpoint"),
         ("grow", golden, "`tokenformer import .*; wanted is a checkpoint in one file"),
         ("grow", run[1], "the newest is .*; wanted is a checkpoint in one file"),
@@ -284,6 +298,50 @@ def test_a_folder_is_trained_on(run, tmp_path):
     assert not torch.equal(on.embedding.weight, one["embedding.weight"])
 
 
+def test_checkpoints_of_a_training_are_read_as_they_are(run, tmp_path):
+    """One of ours, grown twice, and timm's own: by `init_from` and by `import`."""
+    checkpoint = checkpoint_of(run[1], 14)
+    for command in ("export", "import"):
+        main([command, str(checkpoint), "--out", str(tmp_path / command)])
+    one, two = (load_file(tmp_path / command / "model.safetensors") for command in ("export", "import"))
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    model = from_pretrained(tmp_path / "export")
+    fresh = TokenFormerLM(model.config)
+    load_initial_weights(fresh, checkpoint)
+    assert torch.equal(fresh(IDS), model(IDS))
+    with pytest.raises(ValueError, match=r"set model\.config to qkv_tokens=64 \(not 16\)"):
+        load_initial_weights(TokenFormerLM(replace(model.config, qkv_tokens=16)), checkpoint)
+
+    name, options = "tokenformer_vit_tiny_patch16_224", {"depth": 2, "dim": 32, "num_heads": 4, "scale": "learned"}
+    options |= {"qkv_tokens": 8, "proj_tokens": 8, "ffn_tokens": 16}
+    vit = timm.create_model(name, img_size=32, num_classes=5, **options).eval()
+    grow(vit, ffn=24, init="random")
+    args = argparse.Namespace(model=name, model_kwargs=options, mean=[0.5, 0.5, 0.5], interpolation="")
+    saver = CheckpointSaver(vit, torch.optim.SGD(vit.parameters(), 0.1), args=args, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0, 1.0)
+    main(["import", str(tmp_path / "last.pth.tar"), "--out", str(tmp_path / "vit")])
+    images = torch.randn(2, 3, 32, 32)
+    imported = from_pretrained(tmp_path / "vit")
+    torch.testing.assert_close(imported(images), vit(images), rtol=0, atol=1e-6)
+    assert (imported.config.ffn_tokens, imported.pretrained_cfg["mean"]) == (24, [0.5, 0.5, 0.5])
+    other = TokenFormerViT(replace(imported.config, num_classes=7))
+    load_initial_weights(other, tmp_path / "last.pth.tar")
+    torch.testing.assert_close(other.forward_features(images), vit.forward_features(images), rtol=0, atol=1e-5)
+    args.model = "resnet18"
+    saver.save_checkpoint(1, 2.0)
+    torch.save({"a": 1}, tmp_path / "none.ckpt")
+    (tmp_path / "half.ckpt").write_bytes(b"half")
+    for file, message in (
+        ("last.pth.tar", "its model is 'resnet18', not one of tokenformer_vit_tiny"),
+        ("none.ckpt", "holds no state_dict"),
+        ("half.ckpt", "truncated, or no checkpoint"),
+        ("vit/model.safetensors", "a part of the exported model .*; wanted is the folder of an exported model"),
+        ("missing.ckpt", "no such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_initial_weights(other, tmp_path / file)
+
+
 def test_an_imported_model_grows(tmp_path, golden_lm):
     main(["import", str(GOLDEN), "--out", str(tmp_path / "ours"), "--num_heads", "4"])
     save_tokenizer(ByteTokenizer(), tmp_path / "ours", 32)
@@ -299,12 +357,13 @@ def test_an_image_model_is_exported(tmp_path, monkeypatch):
     settings = json.loads(json.dumps(TINY_VISION))
     settings["model"]["init_args"]["config"] |= {"image_size": 8, "patch_size": 4}
     settings["data"]["init_args"] |= {"source": "digits", "image_size": 8, "batch_size": 64}
+    settings["data"]["init_args"] |= {"crop_pct": 0.7, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3]}
     growth = {"stages": [{"at_step": 4, "factor": 2.0}]}
     settings["trainer"]["callbacks"] = [{"class_path": "GrowParameterTokens", "init_args": growth}]
     (tmp_path / "digits.yaml").write_text(yaml.safe_dump(settings))
     main(["fit", "--config", str(tmp_path / "digits.yaml"), "--run_dir", str(tmp_path / "run")])
     checkpoint = checkpoint_of(tmp_path / "run", 8)
-    main(["export", str(checkpoint), "--out", str(tmp_path / "model")])
+    main(["export", str(checkpoint), "--out", str(tmp_path / "model"), "--format", "onnx"])
     with pytest.raises(ValueError, match="--tokenizer bytes: leave it out, .* is an image model"):
         main(["export", str(checkpoint), "--out", str(tmp_path / "other"), "--tokenizer", "bytes"])
     model, saved = from_pretrained(tmp_path / "model"), load_model(checkpoint)
@@ -323,3 +382,45 @@ def test_an_image_model_is_exported(tmp_path, monkeypatch):
         names = {"images": images}
         exec(snippet, names)
         assert torch.equal(names["model"](images), model(images))
+    # the ONNX file too, for any batch and image size
+    session = onnxruntime.InferenceSession("model/model.onnx")
+    for shape in ((2, 3, 8, 8), (1, 3, 8, 20), (5, 3, 12, 8)):
+        images = torch.randn(shape)
+        (logits,) = session.run(["logits"], {"pixel_values": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(images).detach(), rtol=0, atol=1e-5)
+    # and preprocessing and names of classes go along
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    expected = ImageDataModule(**settings["data"]["init_args"]).eval_transform(photo)
+    in_timm = names["model"]
+    assert torch.equal(timm.data.create_transform(**timm.data.resolve_model_data_config(in_timm))(photo), expected)
+    assert in_timm.pretrained_cfg["label_names"] == list("0123456789")
+    classify = pipeline("image-classification", "model")
+    (seen,) = classify.image_processor(photo, return_tensors="pt")["pixel_values"]
+    assert torch.equal(seen, expected)
+    said = json.loads(Path("model/preprocessor_config.json").read_text())
+    assert (said["size"], said["crop_size"]) == ({"shortest_edge": 11}, {"height": 8, "width": 8})
+    assert (said["resample"], said["image_mean"]) == (2, [0.5, 0.4, 0.3])
+    probabilities = model(expected[None]).softmax(-1)[0].detach()
+    best = classify(photo)[0]
+    assert best["label"] == str(int(probabilities.argmax()))
+    assert best["score"] == pytest.approx(float(probabilities.max()), abs=1e-6)
+    classify.model.save_pretrained("again")
+    assert from_pretrained("again").pretrained_cfg == model.pretrained_cfg
+    main(["grow", "model", "--factor", "2", "--out", "grown"])
+    assert from_pretrained("grown").pretrained_cfg == model.pretrained_cfg
+    # of a checkpoint from before it said so, the run's config tells
+    older = {name: value for name, value in read_checkpoint(checkpoint).items() if name != "preprocessing"}
+    told = described(older, yaml.safe_load(Path("run/config.yaml").read_text()))
+    assert told == {name: model.pretrained_cfg[name] for name in told}
+    assert told.keys() == {"input_size", "interpolation", "crop_pct", "mean", "std", "label_names"}
+    # the model knows what `predict` needs, the training's data may be elsewhere
+    Path("photos").mkdir()
+    photo.save("photos/one.png")
+    monkeypatch.setattr("datamodules.images.open_source", lambda source: pytest.fail(f"{source} was opened"))
+    source = ["--data.predict_source=photos", "--data.num_workers=0", "--trainer.accelerator=cpu"]
+    ways = [["model"], [str(checkpoint)], ["--config", "run/config.yaml", "--ckpt_path", str(checkpoint)]]
+    for i, way in enumerate(ways):
+        main(["predict", *way, *source, "--run_dir", f"predicted{i}"])
+        (row,) = read_table(f"predicted{i}/predictions.parquet").to_pylist()
+        assert row["label"] == best["label"]
+        assert row["probabilities"][0] == pytest.approx(float(probabilities.max()), abs=1e-6)

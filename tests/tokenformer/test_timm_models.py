@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_loader, create_transform, resolve_data_config
+from timm.models import get_notrace_functions, get_notrace_modules
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, accuracy
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from tests.tokenformer.tiny_vit import GROWN, TINY, build, images
 from tokenformer import ViTConfig, grow
@@ -84,6 +86,7 @@ BAD_ARGUMENTS = [
     ({"imgsize": 32}, TypeError, "unknown arguments imgsize: choose from .*img_size"),
     ({"in_channels": 1}, TypeError, "unknown arguments in_channels: choose from .*in_chans"),
     ({"img_size": (32, 48)}, ValueError, r"img_size=\(32, 48\): .*square"),
+    ({"dynamic_img_size": False}, ValueError, "dynamic_img_size=False: .*leave it out"),
     ({"img_size": 36}, ValueError, "patch_size=8 does not divide image_size=36"),
     ({"drop_rate": 0.1}, ValueError, "drop_rate=0.1: .*drop_path_rate"),
     ({"global_pool": "max"}, ValueError, "pool='max': choose one of token, avg"),
@@ -157,6 +160,59 @@ def test_reset_classifier():
     assert model.num_params() == model.config.num_params()
     with pytest.raises(ValueError, match="global_pool='avg': the model was built for 'token'"):
         model.reset_classifier(7, "avg")
+    model.reset_classifier(0, "")  # no pooling
+    assert torch.equal(model(images(model)), features)
+    model.reset_classifier(0, "token")
+    assert torch.equal(model(images(model)), features[:, 0])
+    unpooled = create(global_pool="")
+    assert unpooled(images(unpooled)).shape == (2, 17, 10)
+
+
+@pytest.mark.parametrize("position", ["learned", "sincos"])
+def test_another_input_size(position):
+    model = build(position=position).requires_grad_(False)
+    other = build(position=position, image_size=48)
+    if position == "learned":
+        other.load_state_dict(model.state_dict())
+    model.set_input_size(img_size=(48, 48))
+    assert model.config == other.config
+    assert model.patch_embed.img_size == (48, 48)
+    assert torch.equal(model.position, other.position)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.set_input_size(patch_size=8)
+    with pytest.raises(ValueError, match="patch_size=16: the patch embedding is made for 8"):
+        model.set_input_size(img_size=48, patch_size=16)
+    with pytest.raises(ValueError, match=r"img_size=\(32, 48\): positions are of square images"):
+        model.set_input_size(img_size=(32, 48))
+
+
+def test_a_model_is_made_on_its_device_in_its_precision():
+    model = create(device="meta", dtype=torch.bfloat16, position="sincos")
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
+    assert {t.dtype for name, t in tensors.items() if not name.endswith(".tau")} == {torch.bfloat16}
+    assert model.in_chans == 3
+
+
+def test_intermediates_as_dino_asks_for_them():
+    model = build()
+    x = images(model, 48, 24)
+    expected = model.forward_intermediates(x, 2, norm=True, output_fmt="NLC", intermediates_only=True)
+    assert all(map(torch.equal, model.get_intermediate_layers(x, 2, norm=True), expected))
+    ((maps, prefix),) = model.get_intermediate_layers(x, [1], reshape=True, return_prefix_tokens=True)
+    assert (maps.shape, prefix.shape) == ((2, 32, 6, 3), (2, 1, 32))
+
+
+def test_torch_fx_as_timm_traces_it():
+    model = build()
+    grow(model, **GROWN, init="segment_norm")
+    tracer = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
+    nodes, _ = get_graph_node_names(model, tracer_kwargs=tracer)
+    assert "backbone.blocks.1.ffn" in nodes
+    traced = create_feature_extractor(model, ["backbone.blocks.1.ffn", nodes[-1]], tracer_kwargs=tracer)
+    for x in (images(model), images(model, 48, 24, batch=3)):
+        assert torch.equal(traced(x)[nodes[-1]], model(x))
+    assert traced(x)["backbone.blocks.1.ffn"].shape == (3, 6 * 3 + 1, 32)
 
 
 def layers_of(model):
