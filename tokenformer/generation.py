@@ -61,12 +61,14 @@ def stream(
     top_p: float | None = None,
     stop: Stop = (),
     generator: torch.Generator | None = None,
+    crop: bool = False,
 ) -> Iterator[dict[int, int]]:
     """:func:`generate` a step at a time: yields the new id of each row that has not ended, by the row's number.
 
-    Whether a row has ended is asked when the next step is.
+    Whether a row has ended is asked when the next step is. With `crop` a row may be longer than the context: from there
+    on each new id comes from the last `max_seq_len` ids, all read again for it, as in nanoGPT.
     """
-    _check_prompts(model, prompts, max_new_tokens)
+    _check_prompts(model, prompts, max_new_tokens, crop)
     sampler = Sampler(len(prompts), temperature, top_k, top_p, generator)
     return _steps(model, prompts, max_new_tokens, sampler, stop)
 
@@ -75,19 +77,26 @@ def stream(
 def _steps(
     model: TokenFormerLM, prompts: list[list[int]], max_new_tokens: int, sampler: "Sampler", stop: Stop
 ) -> Iterator[dict[int, int]]:
-    device = model.embedding.weight.device
-    lengths = [len(prompt) for prompt in prompts]
+    device, context = model.embedding.weight.device, model.config.max_seq_len
+    room = min(context, max(map(len, prompts)) + max_new_tokens)
+    texts = [list(prompt) for prompt in prompts]
     new_ids: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # that have not ended
-    cache = model.new_cache(len(prompts), max(lengths) + max_new_tokens)
-    ids = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=device)
-    last = torch.tensor(lengths, device=device) - 1
+    cache = None
     for _ in range(max_new_tokens):
+        if cache is None or max(cache.lengths) == context:  # which comes only where texts are cropped
+            seen = [texts[row][-context:] for row in rows]
+            cache = model.new_cache(len(rows), room)
+            longest = max(map(len, seen))
+            ids = torch.tensor([text + [0] * (longest - len(text)) for text in seen], device=device)
+            last = torch.tensor([len(text) - 1 for text in seen], device=device)
         with torch.compiler.set_stance("force_eager"):  # each step has another length: too many to compile for
             logits = model(ids, cache, only_at=last)  # (B, V)
-        cache.lengths = [lengths[row] + len(new_ids[row]) for row in rows]  # without the padding of prompts
+        # Without the padding of prompts.
+        cache.lengths = [min(context, len(texts[row])) for row in rows]
         step = dict(zip(rows, sampler.choose(logits, rows), strict=True))
         for row, new_id in step.items():
+            texts[row].append(new_id)
             new_ids[row].append(new_id)
         yield step
         going = [i for i, row in enumerate(rows) if not _ends(stop, row, new_ids[row])]
@@ -159,7 +168,7 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)
 
 
-def _check_prompts(model: TokenFormerLM, prompts: list[list[int]], max_new_tokens: int) -> None:
+def _check_prompts(model: TokenFormerLM, prompts: list[list[int]], max_new_tokens: int, crop: bool) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
     if not prompts:
@@ -170,10 +179,11 @@ def _check_prompts(model: TokenFormerLM, prompts: list[list[int]], max_new_token
             raise ValueError(f"prompt {i} is empty: begin it with the id that ends a text")
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, vocab_size={vocab_size}")
-        if (length := len(prompt) + max_new_tokens) > context:
+        if (length := len(prompt) + max_new_tokens) > context and not crop:
             room = context - len(prompt)
             raise ValueError(
                 f"prompt {i} of {len(prompt)} tokens and max_new_tokens={max_new_tokens} make {length}, past the "
                 f"model's context, max_seq_len={context}: "
-                + (f"ask for at most {room}, or give less of a prompt" if room > 0 else "give less of a prompt")
+                + (f"ask for at most {room}, or " if room > 0 else "")
+                + "give less of a prompt, or crop (--crop)"
             )

@@ -7,6 +7,7 @@ end-of-text token, with a --stop, which is left out, or after --max_new_tokens.
   tokenformer generate models/150m --prompt "The meaning of life is" --temperature 0.8 --top_p 0.95
   tokenformer generate runs/quickstart/20260131-120000-ab12/checkpoints/step-00000600.ckpt --prompt "def " --stop "def "
   tokenformer generate models/150m --prompt "One: " --prompt "Two: " --prompt_file letter.txt --temperature 0
+  tokenformer generate models/150m --prompt "Once upon" --num_samples 3 --max_new_tokens 5000 --crop
 
 Prompts are read together and printed one after the other; what is written for one does not depend on the others. The
 same seed gives the same texts.
@@ -38,6 +39,7 @@ def write(
     max_new_tokens: int | None = None,
     stop: list[str] | None = None,
     seed: int = 0,
+    crop: bool = False,
     **sampling: Any,
 ) -> Iterator[tuple[int, str | None]]:
     """Go on with texts, as it is written.
@@ -49,6 +51,7 @@ def write(
         max_new_tokens: for each. Default: 256, or what the context has room for.
         stop: texts that end a text.
         seed: of the sampling.
+        crop: go on past the context, as :func:`tokenformer.generation.stream` does.
         sampling: temperature, top_k, top_p of :func:`tokenformer.generate`.
 
     Yields:
@@ -65,11 +68,11 @@ def write(
     ids = [[tokenizer.end_of_text, *prompt] for prompt in tokenizer.encode_batch(prompts)]  # a document begins
     if max_new_tokens is None:
         room = model.config.max_seq_len - max(len(row) for row in ids)
-        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+        max_new_tokens = DEFAULT_NEW_TOKENS if crop else max(1, min(DEFAULT_NEW_TOKENS, room))
     texts = [Text(tokenizer, row, stop or []) for row in ids]
     generator = torch.Generator().manual_seed(seed)
-    steps = stream(model, ids, max_new_tokens, stop=lambda row, _: texts[row].ended, generator=generator, **sampling)
-    for step in steps:
+    settings = {"stop": lambda row, _: texts[row].ended, "generator": generator, "crop": crop, **sampling}
+    for step in stream(model, ids, max_new_tokens, **settings):
         for row, new_id in step.items():
             yield row, texts[row].add(new_id)
             if texts[row].ended:
@@ -167,10 +170,18 @@ def main(args: list[str]) -> None:
     parser.add_argument("--top_p", type=float, metavar="P", help="... among those that together have probability P")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; several times too")
+    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
+    parser.add_argument(
+        "--crop", action="store_true", help="go on past the context: each new token sees the last that fit, slowly"
+    )
     parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the model's)")
     given = vars(parser.parse_args(args))
     source, tokenizer = given.pop("source"), given.pop("tokenizer")
+    num_samples = given.pop("num_samples")
+    if num_samples < 1:
+        raise ValueError(f"--num_samples {num_samples}: must be at least 1")
     prompts = given.pop("prompt") + [_read(path) for path in given.pop("prompt_file")]
+    prompts = [prompt for prompt in prompts for _ in range(num_samples)]
     if not prompts:
         raise ValueError('no prompt: give --prompt TEXT or --prompt_file FILE; --prompt "" begins a document')
     if "" in given["stop"]:

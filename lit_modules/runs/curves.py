@@ -41,10 +41,8 @@ class Run:
         self.folder = folder = folder.parent if folder.name == "metrics.csv" else folder
         self.columns: dict[str, Any] = {}
         if not (folder / "metrics.csv").is_file():
-            inside = [path for path in folder.glob("*/metrics.csv") if "train/" in path.read_text()]
-            near = [parent for parent in folder.absolute().parents if (parent / "metrics.csv").is_file()]
-            newest = max(inside, key=lambda path: path.stat().st_mtime, default=None)
-            run = newest.parent if newest else next(iter(near), "runs/NAME/STAMP")
+            near = (parent for parent in folder.absolute().parents if (parent / "metrics.csv").is_file())
+            run = next(near, "runs/NAME/STAMP")
             raise ValueError(f"{folder}/metrics.csv: no such file; give the folder of a run, such as {run}")
         columns, rows = read_rows(folder / "metrics.csv")
         for column in {*columns} - {"step"}:

@@ -1,6 +1,7 @@
 """`tokenformer generate` on an exported folder and on a checkpoint; half characters and half stops are not shown."""
 
 import io
+import re
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from lit_modules.commands.generate import Text, write
 from lit_modules.commands.tokenizers import save_tokenizer
 from tests.integration.test_training import write_config
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig, generate, save_pretrained
+from tokenformer.generation import stream
 
 SIZES = {"depth": 2, "dim": 32, "num_heads": 2, "qkv_tokens": 16, "proj_tokens": 16, "ffn_tokens": 32}
 ACCENTS = "naïve café 東京 🙂 "
@@ -168,6 +170,33 @@ def test_default_length_is_what_fits(exported, capsys):
     assert ids == tokenizer.decode(longest[0])[2:].rstrip("\ufffd")
 
 
+def test_past_the_context_each_token_sees_the_last_that_fit(exported):
+    """As nanoGPT's generate; a shorter text beside it is what it would be alone."""
+    _, model, tokenizer = exported
+    prompts = [[tokenizer.end_of_text, *tokenizer.encode_batch([text])[0]] for text in ("na", "x " * 40)]
+    assert len(prompts[0]) < 64 < len(prompts[1])
+    expected = []
+    for ids in prompts:
+        written = list(ids)
+        for _ in range(70):
+            written.append(int(model(torch.tensor([written[-64:]]))[0, -1].argmax()))
+        expected.append(written[len(ids) :])
+    steps = list(stream(model, prompts, 70, temperature=0, crop=True))
+    assert [[step[row] for step in steps] for row in (0, 1)] == expected
+
+
+def test_crop_and_num_samples(exported, capsys):
+    args = exported[0], "--prompt", "naïve", "--max_new_tokens", 80, "--temperature", 2
+    with pytest.raises(ValueError, match="max_seq_len=64: .*give less of a prompt, or crop"):
+        printed(capsys, *args)
+    texts = re.split(r"--- \d of 3 ---\n", printed(capsys, *args, "--crop", "--num_samples", 3))[1:]
+    assert len(set(texts)) == 3
+    assert all(text.startswith("naïve") for text in texts)
+    assert texts[0] == printed(capsys, *args, "--crop")
+    written = write(exported[1], exported[2], ["na"], crop=True, temperature=0, stop=["\0"])
+    assert sum(piece is not None for _, piece in written) > 64  # 256 by default, not what fits
+
+
 def test_errors_say_what_to_do(exported, run_dir, tmp_path):
     folder, _, _ = exported
     vision = tmp_path / "vision"
@@ -186,6 +215,7 @@ def test_errors_say_what_to_do(exported, run_dir, tmp_path):
         ([folder, *prompt, "--max_new_tokens", 63], "max_new_tokens=63 make 65, past the .*max_seq_len=64.*at most 62"),
         ([folder, "--prompt", "x " * 100], "max_seq_len=64: give less of a prompt"),
         ([folder, *prompt, "--top_p", 2], "top_p=2.0"),
+        ([folder, *prompt, "--num_samples", 0], "--num_samples 0: must be at least 1"),
         ([folder, *prompt, "--tokenizer", "bytes"], None),
         ([no_tokenizer, *prompt], "has no tokenizer.json.*give one by --tokenizer"),
         ([no_tokenizer, *prompt, "--tokenizer", folder / "tokenizer.json"], "ids up to 276, .*vocab_size=257"),

@@ -1,7 +1,6 @@
 """`tokenformer plot`: what is drawn, read back from the figure."""
 
 import csv
-import os
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -193,14 +192,20 @@ def test_another_metric(plain):
     assert figure.get_supylabel() == "bits per byte"
 
 
-def test_mistakes_are_named_with_their_fix(grown, plain, tmp_path):
-    newest = make_run(grown.parent / "20260201-120000-ef56")
-    os.utime(newest / "metrics.csv", (2e9, 2e9))
+def test_a_folder_of_runs_is_all_trainings_in_it(grown, tmp_path, monkeypatch):
+    make_run(grown.parent / "20260201-120000-ef56")
+    make_run(tmp_path / "runs/other/20260301-120000-ab12")
     (grown.parent / "20260301-120000-0000-validate").mkdir()
     (grown.parent / "20260301-120000-0000-validate" / "metrics.csv").write_text("step,val/loss\n0,1.0\n")
-    os.utime(grown.parent / "20260301-120000-0000-validate" / "metrics.csv", (3e9, 3e9))
-    with pytest.raises(ValueError, match=f"{grown.parent}/metrics.csv: no such file; .*, such as {newest}$"):
-        plot([plain, grown.parent])
+    drawn = []
+    monkeypatch.setattr("lit_modules.commands.plot.draw", lambda runs, *rest: drawn.append(runs) or draw(runs, *rest))
+    assert plot([grown.parent]) == [grown.parent / "curves.png", grown.parent / "curves.svg"]
+    plot([tmp_path], tmp_path / "all")
+    assert [len(runs) for runs in drawn] == [2, 3]
+    assert drawn[1][0].folder == grown
+
+
+def test_mistakes_are_named_with_their_fix(grown, plain, tmp_path):
     with pytest.raises(ValueError, match=f"step.ckpt/metrics.csv: no such file; .*, such as {plain}$"):
         main([str(plain / "checkpoints/step.ckpt")])
     with pytest.raises(ValueError, match="such as runs/NAME/STAMP"):
