@@ -18,6 +18,7 @@ from lit_modules.growth.recipe import Recipe, grow_modules, rehearse
 from lit_modules.growth.stages import Stage, check_order, check_past, check_room
 from lit_modules.growth.structure import freeze_old_tokens
 from lit_modules.modules.base import TokenFormerModule
+from lit_modules.runs.length import num_steps
 from lit_modules.strategies.fsdp2 import FSDP2
 from lit_modules.strategies.new_parameters import check_strategy, register_new_parameters
 from lit_modules.strategies.ranks import data_parallel_rank, require_equal_ranks
@@ -141,9 +142,9 @@ class GrowParameterTokens(Callback):
             self._best, self._bad = math.inf, 0  # of another metric, maybe
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             steps = self._steps(trainer, pl_module)
-            check_order(self.stages, steps, trainer.max_steps)
+            check_order(self.stages, steps, num_steps(trainer))
             anneal_steps = self.anneal_steps if self.recipe.scale == "anneal" else 0
-            check_room(steps, trainer.max_steps, pl_module.optim, self.schedule == "restart", anneal_steps)
+            check_room(steps, num_steps(trainer), pl_module.optim, self.schedule == "restart", anneal_steps)
         # From the size that the model has now, which need not be the configured one.
         with torch.device("meta"):
             model = pl_module.build_model(pl_module.model.config.dim // pl_module.config.dim)
@@ -163,7 +164,7 @@ class GrowParameterTokens(Callback):
             return
         start = max((record["step"] for record in module.growths), default=0)
         ahead = self._steps(trainer, module)[self._applied(module) :][:1]
-        module.learning_rate.span = (start, trainer.max_steps if ahead in ([], [None]) else ahead[0])  # type: ignore[assignment]
+        module.learning_rate.span = (start, num_steps(trainer) if ahead in ([], [None]) else ahead[0])  # type: ignore[assignment]
 
     def _counter(self, trainer: Trainer) -> Throughput:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from lit_modules.optim.config import OptimConfig
 from lit_modules.optim.groups import adamw, module_param_groups, update_param_groups
 from lit_modules.optim.schedule import LearningRate, check_schedule
 from lit_modules.optim.skip_step import propagate_nonfinite, skip_if_nonfinite
+from lit_modules.runs.length import num_steps
 from lit_modules.runs.logs import is_log_step
 from lit_modules.strategies.ranks import data_parallel_rank
 from tokenformer.config import BackboneConfig
@@ -152,16 +153,24 @@ class TokenFormerModule(LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its per-step schedule."""
         steps = self.trainer.max_steps
-        if steps < 1:
-            raise ValueError(f"trainer.max_steps={steps}: the learning rate schedule needs the number of steps")
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
-            check_schedule(self.optim, steps, f"trainer.max_steps={steps}")
-        self.learning_rate.max_steps = steps
+        if steps >= 0:  # else its epochs say, when the loaders are known
+            self._set_num_steps(steps, f"trainer.max_steps={steps}")
         self.learning_rate.peak = self._peak_lr()
         # The fused update does its own unscaling in 16-mixed, where gradients must be unscaled before clipping.
         optimizer = adamw(self.param_groups(), self.optim, fused=self.trainer.precision != "16-mixed")
         scheduler = self.learning_rate.attach(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _set_num_steps(self, steps: int, what: str) -> None:
+        """Fit the schedule into so many steps; -1: without a limit."""
+        if steps == 0 or (steps < 0 and self.optim.schedule != "constant"):
+            raise ValueError(
+                f"{what}: optim.schedule={self.optim.schedule} needs the number of steps: give trainer.max_steps or "
+                "trainer.max_epochs, or optim.schedule=constant"
+            )
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
+            check_schedule(self.optim, steps, what)
+        self.learning_rate.max_steps = steps
 
     def _peak_lr(self) -> float:
         """The peak rate for as many samples as an optimizer step has."""
@@ -182,6 +191,10 @@ class TokenFormerModule(LightningModule, ABC):
     def on_train_start(self) -> None:
         """After a resume the configured rates hold, not those that the checkpoint brought along."""
         self._step = self.trainer.global_step
+        if self.trainer.max_steps < 0 and self.learning_rate.scheduler is not None:
+            steps = num_steps(self.trainer)
+            of_epochs = f"trainer.max_epochs={self.trainer.max_epochs}, {steps} steps"
+            self._set_num_steps(steps, of_epochs if steps >= 0 else "trainer.max_steps=-1")
         self.apply_learning_rate()
 
     # A training step.
@@ -213,6 +226,7 @@ class TokenFormerModule(LightningModule, ABC):
         """
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
+        self._weigh_short_step()
         self._lr = optimizer.param_groups[0]["lr"]  # with layer_decay: that of the last layers
         self._grad_norm = clip_grad_norm(self.parameters(), gradient_clip_val or math.inf)
         finite = self._grad_norm.isfinite()
@@ -220,6 +234,15 @@ class TokenFormerModule(LightningModule, ABC):
             finite = torch.stack(self._losses).isfinite().all().float()
             finite = self.trainer.strategy.reduce(finite, reduce_op="min").bool()
         self.skipped = skip_if_nonfinite(optimizer, self.parameters(), finite)
+
+    def _weigh_short_step(self) -> None:
+        """Let gradients be the mean of a step's batches, if an epoch ends before all have come that it accumulates.
+
+        Lightning has divided each by as many as there should have been.
+        """
+        if missing := self.trainer.accumulate_grad_batches - len(self._losses):
+            scale = 1 + missing / len(self._losses)
+            torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log, when an optimizer step is done and it is time; other steps read nothing from the device."""

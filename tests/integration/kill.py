@@ -109,3 +109,13 @@ class KillWorker(Callback):
         if trainer.global_step == self.step + 1:
             os.kill(trainer.train_dataloader._iterator._workers[0].pid, signal.SIGKILL)
             time.sleep(30)  # the signal of its death raises here, and not between a checkpoint and its row of the log
+
+
+class StopAt(Callback):
+    """Tells the trainer to stop after a batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop |= batch_idx + 1 == self.batch
