@@ -85,7 +85,8 @@ class Checkpoint(RunCheckpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Of every checkpoint, whoever saves it."""
-        if "loops" in checkpoint and trainer.fit_loop.epoch_progress.current.processed == trainer.current_epoch + 1:
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        if "loops" in checkpoint and epochs.processed == epochs.completed + 1:
             _before_the_end_of_the_epoch(checkpoint["loops"]["fit_loop"], trainer)
 
     def _finish_step(self, trainer: Trainer) -> None:

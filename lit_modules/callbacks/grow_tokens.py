@@ -136,6 +136,8 @@ class GrowParameterTokens(Callback):
                 f"schedule: {self.schedule} and old_lr_scale: {self.old_lr_scale} need the module's own optimizer; "
                 "with one of yours set schedule: continue and old_lr_scale: 1"
             )
+        if pl_module.learning_rate.scheduler is None:
+            pl_module.update_optimizer()  # tells at once if it can't be
         applied, tokens = self._applied(pl_module), self._counter(trainer).tokens
         check_past(self.stages, self._saved_stages, pl_module.growths, trainer.global_step, tokens)
         if [asdict(stage) for stage in self.stages][applied : applied + 1] != self._saved_stages[applied : applied + 1]:

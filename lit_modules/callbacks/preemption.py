@@ -87,6 +87,8 @@ class Preemption(Callback):
         if self._stopping == signal.SIGUSR1 and trainer.is_global_zero:
             Path(self.run_dir, "requeue").touch()
         failed = getattr(trainer.strategy.checkpoint_io, "failure", None)  # of the first process, which writes
+        if not trainer.checkpoint_callbacks:
+            failed = "trainer.enable_checkpointing=false"
         what = f"stopped, NOT saved ({failed})," if failed else "saved and stopped"
         rank_zero_info(f"{signal.Signals(self._stopping).name}: {what} after step {trainer.global_step}")
         trainer.strategy.barrier()  # the first to end may be taken for a failure, and the others be killed

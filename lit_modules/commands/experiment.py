@@ -2,19 +2,20 @@
 
 import dataclasses
 import inspect
-import logging
 import os
 import re
 import sys
-import warnings
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import lightning
 from jsonargparse import set_parsing_settings
-from lightning import LightningDataModule, LightningModule
+from lightning import Callback, LightningDataModule, LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
@@ -28,6 +29,7 @@ from lit_modules.callbacks import (
     EvaluationRow,
     FreeSpace,
     ImagePredictions,
+    Monitors,
     NonFinite,
     Pictures,
     Preemption,
@@ -40,6 +42,7 @@ from lit_modules.callbacks import (
 from lit_modules.callbacks.checkpoint import RunCheckpoint
 from lit_modules.callbacks.watchdog import end_with
 from lit_modules.checkpoints.writing import AtomicCheckpointIO, remove_partial_checkpoints
+from lit_modules.commands.given import SIZES, InstantiateModel, SaveConfig, as_list, check_options, size_of_data
 from lit_modules.commands.plan import num_devices, plan
 from lit_modules.commands.run_folder import config_name, resolve_run
 from lit_modules.modules import language, vision
@@ -49,9 +52,9 @@ from lit_modules.modules.vision import VisionModule
 from lit_modules.runs.errors import RunError, explain
 from lit_modules.runs.lock import RunLock
 from lit_modules.runs.logs import ResumableCSVLogger
+from lit_modules.runs.quiet import be_quiet
 from lit_modules.runs.slurm import check_tasks, environment
 from lit_modules.strategies import fsdp2
-from tokenformer import LMConfig
 
 # Class paths in the configs of older runs.
 sys.modules |= {f"lit_modules.{module.__name__.rsplit('.')[-1]}": module for module in (language, vision, fsdp2)}
@@ -59,17 +62,6 @@ sys.modules |= {f"lit_modules.{module.__name__.rsplit('.')[-1]}": module for mod
 # How the processes that Lightning starts for a run learn what its first process settled.
 RUN_DIR, CKPT_PATH = "TOKENFORMER_RUN_DIR", "TOKENFORMER_CKPT_PATH"
 FIRST_PROCESS = "TOKENFORMER_FIRST_PROCESS"  # its pid
-
-QUIET = (
-    ".*does not have many workers.*",  # batches are read from a memory-mapped file
-    ".*WeightAveraging callback with a model that overrides.*",
-    ".*exists and is not empty.*",  # a run is resumed in its folder
-    ".*dirpath has changed.*",  # validate and predict have run folders of their own
-    ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.15
-    ".*It is recommended to use `self.log.*sync_dist.*",  # the sums that it logs are over all devices already
-    ".*The `srun` command is available.*",  # outside of a job; in one, lit_modules/runs/slurm.py has looked
-    ".*`IterableDataset` has `__len__` defined.*",  # ours takes the workers into account
-)
 
 
 class Trainer(lightning.Trainer):
@@ -170,8 +162,18 @@ class ExperimentCLI(LightningCLI):
                 "best.enable_version_counter": False,
             }
         )
-        for size in ("vocab_size", "num_classes"):  # of the tokenizer, of the images
-            parser.link_arguments(f"data.{size}", f"model.init_args.config.{size}", apply_on="instantiate")
+        for size in SIZES:
+            settled = partial(self._settle, size)
+            parser.link_arguments(f"data.{size}", f"model.init_args.config.{size}", settled, apply_on="instantiate")
+
+    def _settle(self, name: str, size: int) -> int:
+        args = sys.argv[1:] if self._args is None else self._args
+        return size_of_data(name, size, self.config[self.config.subcommand].model, args)
+
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        own = InstantiateModel(cli=self, key="model")
+        self.parser.add_instantiator(own, LightningModule, subclasses=True, prepend=True)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
         self._args = args
@@ -184,6 +186,7 @@ class ExperimentCLI(LightningCLI):
         """Settle the run's folder and the checkpoint to start from."""
         config = self.config[self.config.subcommand]
         config.name = config.name or config_name(sys.argv[1:] if self._args is None else self._args, config.model)
+        check_options(self.config.subcommand, config.trainer)
         if self.config.subcommand == "plan" and config.devices is None:
             config.devices = num_devices(config.trainer.devices, config.trainer.num_nodes)
         if self.config.subcommand in ("prepare", "plan"):
@@ -203,12 +206,6 @@ class ExperimentCLI(LightningCLI):
             os.environ |= {RUN_DIR: str(run_dir), CKPT_PATH: str(checkpoint or ""), FIRST_PROCESS: str(os.getpid())}
         self._run_dir = os.environ[RUN_DIR]
         config.ckpt_path = os.environ[CKPT_PATH] or None
-        given_size = config.model.init_args.get("config", {}).get("vocab_size")
-        if given_size not in (None, LMConfig.vocab_size):
-            raise ValueError(
-                f"model.config.vocab_size={given_size}: leave it out, it is the tokenizer's; "
-                "model.config.vocab_multiple rounds the embedding up"
-            )
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -224,43 +221,44 @@ class ExperimentCLI(LightningCLI):
         kwargs["default_root_dir"] = run_dir
         if config.logger is not False and not config.fast_dev_run:
             default = config.logger in (None, True)
-            given = [TensorBoardLogger(run_dir, name="", version="")] if default else _as_list(config.logger)
+            given = [TensorBoardLogger(run_dir, name="", version="")] if default else as_list(config.logger)
             # First in the list, so that the config goes into the run's folder; `plot` and LossCurve read it.
             kwargs["logger"] = [ResumableCSVLogger(run_dir), *given]
         kwargs["plugins"] = [
-            *_as_list(config.plugins),
+            *as_list(config.plugins),
             AtomicCheckpointIO(self._get(self.config_init, "checkpoint").asynchronous),
             *environment(),
         ]
-        always = [Throughput(), Summary(run_dir), FreeSpace(), Watchdog()]
-        if isinstance(self.model, VisionModule):
+        always = [FreeSpace(), Watchdog()]
+        if isinstance(self.model, TokenFormerModule):  # one of the user's own says less of itself
+            always += [Throughput(), Summary(run_dir)]
+        known = isinstance(self.datamodule, StreamDataModule)
+        if known and isinstance(self.model, VisionModule):
             folder = Path(run_dir) if self._own_run_dir else Path(run_dir).parent  # which other runs have too
             always += [ImagePredictions(), Pictures(), EvaluationRow(saved.name, folder / "results.csv")]
-        else:
+        elif known and isinstance(self.model, LanguageModule):
             always.append(TokenPredictions())
-        if config.enable_progress_bar is not False:
+        has_bar = any(isinstance(callback, ProgressBar) for callback in as_list(config.callbacks))
+        if config.enable_progress_bar is not False and not has_bar:
             always.append(Progress())
         kwargs["enable_model_summary"] = bool(config.enable_model_summary)  # Summary says it in a line
         # Preemption comes first: a run that stops before a step does not grow in it.
-        config.callbacks = [Preemption(run_dir, os.environ[CKPT_PATH]), *_as_list(config.callbacks), *always]
+        config.callbacks = [Preemption(run_dir, os.environ[CKPT_PATH]), Monitors(), *as_list(config.callbacks), *always]
         for key in ("checkpoint", "best"):
             callback = self._get(self.config_init, key)
             # Absolute: where a checkpoint has another name of this folder, they would forget what they saved there.
             callback.dirpath = callback.dirpath or os.path.join(os.path.realpath(run_dir), "checkpoints")
         return super().instantiate_trainer(**kwargs)
 
-
-def _as_list(given: Any) -> list[Any]:
-    return given if isinstance(given, list) else [] if given is None else [given]
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> lightning.Trainer:
+        if config["enable_checkpointing"] is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
 
 
 def run(args: list[str] | None, cli: type[ExperimentCLI] = ExperimentCLI) -> ExperimentCLI:
     """Parse, build and run a command; `args` default to the process's."""
-    for pattern in QUIET:
-        warnings.filterwarnings("ignore", pattern)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
+    be_quiet()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${data.init_args.seq_len} works in a config
     first_process = RUN_DIR not in os.environ
     ExperimentCLI.command = (sys.argv[1:] if args is None else args)[0]
@@ -274,6 +272,7 @@ def run(args: list[str] | None, cli: type[ExperimentCLI] = ExperimentCLI) -> Exp
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
@@ -281,6 +280,8 @@ def run(args: list[str] | None, cli: type[ExperimentCLI] = ExperimentCLI) -> Exp
         )
     except OmegaConfBaseException as error:
         raise ValueError(f"the config holds a ${{...}} that can't be resolved: {error}") from error
+    except MisconfigurationException as error:  # Lightning's, for settings
+        raise ValueError(str(error)) from error
     except Exception as error:
         if not isinstance(error, RunError) and (known := explain(error)):
             raise RunError(known) from error

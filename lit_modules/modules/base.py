@@ -8,19 +8,21 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lit_modules.checkpoints.compatibility import check_resumable, check_resume
+from lit_modules.checkpoints.compatibility import check_resume
 from lit_modules.growth.structure import anneal_tau, match_structure
-from lit_modules.optim.clipping import clip_grad_norm
+from lit_modules.optim.clipping import clip_grad_norm, weigh_short_step
 from lit_modules.optim.config import OptimConfig
-from lit_modules.optim.groups import adamw, module_param_groups, update_param_groups
+from lit_modules.optim.groups import adamw, groups_of, module_param_groups, update_param_groups
 from lit_modules.optim.schedule import LearningRate, check_schedule
 from lit_modules.optim.skip_step import propagate_nonfinite, skip_if_nonfinite
 from lit_modules.runs.length import num_steps
 from lit_modules.runs.logs import is_log_step
+from lit_modules.runs.options import refuse_callbacks, refuse_settings
 from lit_modules.strategies.ranks import data_parallel_rank
 from tokenformer.config import BackboneConfig
 from tokenformer.interop import load_initial_weights
@@ -57,6 +59,7 @@ class TokenFormerModule(LightningModule, ABC):
         self.learning_rate = LearningRate(optim)
         self.old_lr_scale = 1.0
         self.skipped: Tensor | None = None
+        self._overfits = False  # trains on the same few batches again and again
         self._seed = torch.initial_seed()
         self._losses: list[Tensor] = []  # of the batches of this optimizer step
         self._grad_norm: Tensor | None = None
@@ -121,7 +124,8 @@ class TokenFormerModule(LightningModule, ABC):
     def update_optimizer(self) -> None:
         """Tell the optimizer of parameters that have come, or that are frozen now."""
         (optimizer,) = self.trainer.optimizers
-        update_param_groups(optimizer, self.param_groups())
+        own = self.learning_rate.scheduler is None  # it was made by the `configure_optimizers` of a subclass
+        update_param_groups(optimizer, groups_of(self) if own else self.param_groups())
         self.zero_grad()  # a frozen parameter's last gradient would count when gradients are clipped
 
     def apply_learning_rate(self) -> None:
@@ -132,9 +136,15 @@ class TokenFormerModule(LightningModule, ABC):
     # Lightning's hooks: the start.
 
     def setup(self, stage: str) -> None:
-        """Refuse settings under which a resumed run could not be exact."""
+        """Refuse what can't work, for a trainer that no command line has looked at."""
+        trainer: Any = self.trainer
         if stage == "fit":
-            check_resumable(self.trainer)
+            refuse_settings(trainer)
+            # A Timer is how a trainer keeps to `max_time`; it can't be given in a config.
+            refuse_callbacks(type(callback) for callback in trainer.callbacks if not isinstance(callback, Timer))
+        if getattr(trainer, "overfit_batches", 0) and hasattr(getattr(trainer, "datamodule", None), "order"):
+            # Lightning has limited the batches by it, and would give the loaders samplers; ours have no use for one.
+            self._overfits, trainer.overfit_batches = True, 0.0
 
     def configure_model(self) -> None:
         """Build the model; here and not before, so that it is made on its device and in its precision."""
@@ -197,6 +207,12 @@ class TokenFormerModule(LightningModule, ABC):
             self._set_num_steps(steps, of_epochs if steps >= 0 else "trainer.max_steps=-1")
         self.apply_learning_rate()
 
+    def on_train_epoch_start(self) -> None:
+        """With `overfit_batches` the first batches come again, their augmentations too."""
+        loader: Any = self.trainer.train_dataloader
+        if self._overfits and self.trainer.current_epoch > 0:
+            loader.load_state_dict({"position": 0})
+
     # A training step.
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -226,7 +242,7 @@ class TokenFormerModule(LightningModule, ABC):
         """
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
-        self._weigh_short_step()
+        weigh_short_step(self.parameters(), len(self._losses), self.trainer.accumulate_grad_batches)
         self._lr = optimizer.param_groups[0]["lr"]  # with layer_decay: that of the last layers
         self._grad_norm = clip_grad_norm(self.parameters(), gradient_clip_val or math.inf)
         finite = self._grad_norm.isfinite()
@@ -234,15 +250,6 @@ class TokenFormerModule(LightningModule, ABC):
             finite = torch.stack(self._losses).isfinite().all().float()
             finite = self.trainer.strategy.reduce(finite, reduce_op="min").bool()
         self.skipped = skip_if_nonfinite(optimizer, self.parameters(), finite)
-
-    def _weigh_short_step(self) -> None:
-        """Let gradients be the mean of a step's batches, if an epoch ends before all have come that it accumulates.
-
-        Lightning has divided each by as many as there should have been.
-        """
-        if missing := self.trainer.accumulate_grad_batches - len(self._losses):
-            scale = 1 + missing / len(self._losses)
-            torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log, when an optimizer step is done and it is time; other steps read nothing from the device."""
@@ -285,23 +292,3 @@ class TokenFormerModule(LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         """Log the metrics."""
         self.log_dict({f"test/{name}": value for name, value in self.evaluation(self.trainer, "test").items()})
-
-
-def check_recomputing(module: TokenFormerModule) -> None:
-    """Refuse `recompute_scores` where it would do nothing.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    if not module.recompute_scores:
-        return
-    if module.checkpoint_activations:
-        raise ValueError(
-            "model.recompute_scores=true, model.checkpoint_activations=true: the second keeps no scores; choose one"
-        )
-    if module.config.baseline is not None:
-        raise ValueError(f"model.recompute_scores=true: config.baseline={module.config.baseline!r} has no scores")
-    if module.config.score_norm != "l2_norm_gelu":
-        raise ValueError(
-            f"model.recompute_scores=true: needs config.score_norm=l2_norm_gelu, not {module.config.score_norm}"
-        )

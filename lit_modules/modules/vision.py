@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_modules.modules.base import TokenFormerModule, check_recomputing
+from lit_modules.modules.base import TokenFormerModule
+from lit_modules.modules.recomputing import check_recomputing
 from lit_modules.optim.config import OptimConfig
 from lit_modules.runs.logs import is_log_step
 from lit_modules.strategies.ranks import data_parallel_rank
@@ -133,10 +134,12 @@ class VisionModule(TokenFormerModule):
             return
         if self.config.in_channels != 3:
             raise ValueError(f"model.config.in_channels={self.config.in_channels}: the data has 3 channels")
-        if data.num_classes != self.config.num_classes:
+        if getattr(data, "num_classes", self.config.num_classes) != self.config.num_classes:
             raise ValueError(
                 f"model.config.num_classes={self.config.num_classes} but the data has {data.num_classes} classes"
             )
+        if not hasattr(data, "image_size"):  # of the user's own
+            return
         if self.timm_model is not None and data.image_size != self.config.image_size:
             raise ValueError(
                 f"data.image_size={data.image_size}: {self.timm_model} is built for "
@@ -151,8 +154,8 @@ class VisionModule(TokenFormerModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history, and what the outputs stand for."""
         super().on_save_checkpoint(checkpoint)
-        if (data := getattr(self.trainer, "datamodule", None)) is not None:
-            checkpoint["class_names"] = data.class_names
+        if (names := getattr(getattr(self.trainer, "datamodule", None), "class_names", None)) is not None:
+            checkpoint["class_names"] = names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the size of the saved model; refuse one whose outputs stand for other classes."""
@@ -213,7 +216,7 @@ class VisionModule(TokenFormerModule):
 
     def evaluate(self, batch: EvalBatch) -> dict[str, Tensor]:
         """Add the batch to the sums; its logits (B, C) and losses (B,)."""
-        images, labels, _ = batch
+        images, labels, *_ = batch
         logits = self._model(images).float()
         losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
         self._top1.update(logits, labels)

@@ -21,6 +21,8 @@ def ended_by(trainer: Any) -> str:
     """What ends or has ended a run, by the name that a user knows."""
     if trainer.global_step == trainer.max_steps:
         return f"trainer.max_steps={trainer.max_steps}"
+    if trainer.num_training_batches == 0:
+        return f"trainer.limit_train_batches={trainer.limit_train_batches}"
     if not trainer.should_stop:
         return f"trainer.max_epochs={trainer.max_epochs}"
     for callback in trainer.callbacks:

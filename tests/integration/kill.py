@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import ClassVar
 
 from lightning import Callback
 
@@ -119,3 +120,15 @@ class StopAt(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         trainer.should_stop |= batch_idx + 1 == self.batch
+
+
+class KeepWeights(Callback):
+    """Keeps the sum of the weights at the end of a training, of the first such run and of the last."""
+
+    first: ClassVar[float | None] = None
+    last: ClassVar[float | None] = None
+    step: ClassVar[int] = 0
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        KeepWeights.last = sum(p.double().abs().sum().item() for p in pl_module.parameters())
+        KeepWeights.step = trainer.global_step
