@@ -7,6 +7,7 @@ from lit_modules.callbacks.evaluation_row import EvaluationRow
 from lit_modules.callbacks.free_space import FreeSpace
 from lit_modules.callbacks.grow_tokens import GrowParameterTokens
 from lit_modules.callbacks.loss_curve import LossCurve
+from lit_modules.callbacks.monitors import Monitors
 from lit_modules.callbacks.nonfinite import NonFinite
 from lit_modules.callbacks.pictures import Pictures
 from lit_modules.callbacks.predictions import ImagePredictions, TokenPredictions
@@ -26,6 +27,7 @@ __all__ = [
     "GrowParameterTokens",
     "ImagePredictions",
     "LossCurve",
+    "Monitors",
     "NonFinite",
     "Pictures",
     "Preemption",

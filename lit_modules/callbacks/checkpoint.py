@@ -75,8 +75,9 @@ class RunCheckpoint(ModelCheckpoint):
 class Checkpoint(RunCheckpoint):
     """Also saves at the last step, and after the validation of a step instead of before it.
 
-    So a run that is killed while it validates makes that validation again, and its log has it. The last step is also
-    one at which the trainer was told to stop: its time is up (`trainer.max_time`), or a metric no longer gets better.
+    So a run that is killed while it validates makes that validation again, and its log has it. The last step is that
+    of the run, whatever ends it: `trainer.max_steps`, `max_epochs` or `max_time`, or a metric that no longer gets
+    better. A run that is told to stop between the batches of a step ends after the step.
 
     Args:
         asynchronous: write checkpoints while the training continues, from a copy in the host's memory; `best` too.
@@ -87,6 +88,7 @@ class Checkpoint(RunCheckpoint):
 
     requested = False
     _deferred = False
+    _told_to_stop = False
 
     def __init__(self, *args: Any, asynchronous: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -134,15 +136,37 @@ class Checkpoint(RunCheckpoint):
                 )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._finish_step(trainer)
         loop = trainer.fit_loop
         assert loop._data_fetcher is not None
         self._deferred = trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
+        self._finish_step(trainer)
         if self._deferred:
             self._deferred = False
             self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """For a run that is told to stop after its last batch, by the metrics of an epoch."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Of every checkpoint, whoever saves it."""
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        if "loops" in checkpoint and epochs.processed == epochs.completed + 1:
+            _before_the_end_of_the_epoch(checkpoint["loops"]["fit_loop"], trainer)
+
+    def _finish_step(self, trainer: Trainer) -> None:
+        """A step that is half done would be lost: keep the wish to stop until it is whole."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            self._told_to_stop |= trainer.should_stop
+            trainer.should_stop = False
+        else:
+            trainer.should_stop |= self._told_to_stop
+            self._told_to_stop = False
 
     def _save(self, trainer: Trainer) -> None:
         """Save if it is time; never between the batches of a step, whose gradients a checkpoint does not hold.
@@ -151,6 +175,8 @@ class Checkpoint(RunCheckpoint):
         """
         every, step = self._every_n_train_steps, trainer.global_step
         last = step == trainer.max_steps or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+        if trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            last |= trainer.current_epoch + 1 == trainer.max_epochs
         due = self.requested or last or (every > 0 and step % every == 0) or self._time_is_up(trainer)
         between = trainer.fit_loop.epoch_loop._should_accumulate()
         if due and not between and not self._should_skip_saving_checkpoint(trainer):
@@ -164,3 +190,17 @@ class Checkpoint(RunCheckpoint):
             return False
         up = time.monotonic() - (self._last_time_checked or 0.0) >= self._train_time_interval.total_seconds()
         return trainer.strategy.broadcast(up)  # processes have clocks of their own
+
+
+def _before_the_end_of_the_epoch(loop: dict[str, Any], trainer: Trainer) -> None:
+    """Let a checkpoint of the end of an epoch say that its last batch, or the validation after it, is done.
+
+    Resumed from the end itself Lightning 2.6 counts an epoch in which it does nothing.
+    """
+    epoch_loop = trainer.fit_loop.epoch_loop
+    assert trainer.fit_loop._data_fetcher is not None
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+    validated = epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    for count in ("total", "current"):
+        loop["epoch_progress"][count]["processed"] -= 1
+        loop["epoch_loop.batch_progress"][count]["completed"] -= not validated

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
@@ -63,7 +64,9 @@ class EMA(WeightAveraging):
 
     def _raw(self) -> Any:
         """The module that has the weights themselves while a validation has swapped them; None outside of training."""
-        module = None if self._average_model is None else self._average_model.module
+        if self._average_model is None or self._module.trainer.state.fn != TrainerFn.FITTING:
+            return None
+        module = self._average_model.module
         return module if self.validate_raw and isinstance(module, TokenFormerModule) else None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
 from lit_modules.callbacks.grow_tokens import GrowParameterTokens
 from lit_modules.growth.recipe import rehearse
+from lit_modules.runs.length import num_steps
 
 
 class FreeSpace(Callback):
@@ -48,7 +49,8 @@ def _problem(trainer: Any, module: Any) -> str | None:
 def _kept(saver: ModelCheckpoint, trainer: Any) -> int:
     if saver.save_top_k >= 0:
         return saver.save_top_k + bool(saver.save_last)
-    return trainer.max_steps // max(1, saver._every_n_train_steps or trainer.max_steps)
+    steps = num_steps(trainer)  # -1, without a limit: nobody knows how many
+    return max(1, steps // (saver._every_n_train_steps or max(1, steps)))
 
 
 def checkpoint_bytes(trainer: Any, module: Any) -> int:

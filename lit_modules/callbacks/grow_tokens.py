@@ -18,6 +18,7 @@ from lit_modules.growth.recipe import Recipe, grow_modules, rehearse
 from lit_modules.growth.stages import Stage, check_order, check_past, check_room
 from lit_modules.growth.structure import freeze_old_tokens
 from lit_modules.modules.base import TokenFormerModule
+from lit_modules.runs.length import num_steps
 from lit_modules.strategies.fsdp2 import FSDP2
 from lit_modules.strategies.new_parameters import check_strategy, register_new_parameters
 from lit_modules.strategies.ranks import data_parallel_rank, require_equal_ranks
@@ -106,12 +107,13 @@ class GrowParameterTokens(Callback):
             for grown in rehearse(pl_module.build_model(), self.stages, self.recipe, self.verify):
                 if isinstance(trainer.strategy, FSDP2):
                     check_divisible(grown, trainer.strategy.tensor_parallel_size)
-        if not trainer.fast_dev_run and all(stage.at_step for stage in self.stages):  # type: ignore[attr-defined]
+        known = trainer.max_steps > 0 and all(stage.at_step for stage in self.stages)
+        if known and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._check_room([stage.at_step for stage in self.stages], trainer, pl_module)
 
     def _check_room(self, steps: list[int | None], trainer: Trainer, module: TokenFormerModule) -> None:
         anneal_steps = self.anneal_steps if self.recipe.scale == "anneal" else 0
-        check_room(steps, trainer.max_steps, module.optim, self.schedule == "restart", anneal_steps)
+        check_room(steps, num_steps(trainer), module.optim, self.schedule == "restart", anneal_steps)
 
     def _check_sharded(self, module: TokenFormerModule) -> None:
         """What can't be done to parameters of which each process has a part."""
@@ -144,13 +146,15 @@ class GrowParameterTokens(Callback):
                 f"schedule: {self.schedule} and old_lr_scale: {self.old_lr_scale} need the module's own optimizer; "
                 "with one of yours set schedule: continue and old_lr_scale: 1"
             )
+        if pl_module.learning_rate.scheduler is None:
+            pl_module.update_optimizer()  # tells at once if it can't be
         applied, tokens = self._applied(pl_module), self._counter(trainer).tokens
         check_past(self.stages, self._saved_stages, pl_module.growths, trainer.global_step, tokens)
         if [asdict(stage) for stage in self.stages][applied : applied + 1] != self._saved_stages[applied : applied + 1]:
             self._best, self._bad = math.inf, 0  # of another metric, maybe
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             steps = self._steps(trainer, pl_module)
-            check_order(self.stages, steps, trainer.max_steps)
+            check_order(self.stages, steps, num_steps(trainer))
             self._check_room(steps, trainer, pl_module)
         # From the size that the model has now, which need not be the configured one.
         with torch.device("meta"):
@@ -171,7 +175,7 @@ class GrowParameterTokens(Callback):
             return
         start = max((record["step"] for record in module.growths), default=0)
         ahead = self._steps(trainer, module)[self._applied(module) :][:1]
-        module.learning_rate.span = (start, trainer.max_steps if ahead in ([], [None]) else ahead[0])  # type: ignore[assignment]
+        module.learning_rate.span = (start, num_steps(trainer) if ahead in ([], [None]) else ahead[0])  # type: ignore[assignment]
 
     def _counter(self, trainer: Trainer) -> Throughput:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -53,7 +53,7 @@ class NonFinite(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self._now
         step.batches.append(batch)
-        if trainer.global_step == step.number or pl_module.skipped is None:  # still accumulating
+        if trainer.global_step == step.number or getattr(pl_module, "skipped", None) is None:  # still accumulating
             return
         step.losses, step.grad_norm = list(pl_module._losses), pl_module._grad_norm
         on_gpu = pl_module.skipped.is_cuda

@@ -87,6 +87,8 @@ class Preemption(Callback):
         if self._stopping == signal.SIGUSR1 and trainer.is_global_zero:
             Path(self.run_dir, "requeue").touch()
         failed = getattr(trainer.strategy.checkpoint_io, "failure", None)  # of the first process, which writes
+        if not trainer.checkpoint_callbacks:
+            failed = "trainer.enable_checkpointing=false"
         what = f"stopped, NOT saved ({failed})," if failed else "saved and stopped"
         where = f"in {self.run_dir}; to go on, add --run_dir {self.run_dir} --ckpt_path last to the command"
         rank_zero_info(f"{signal.Signals(self._stopping).name}: {what} after step {trainer.global_step}, {where}")

@@ -7,6 +7,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from lit_modules.runs.length import num_steps
 from lit_modules.runs.logs import is_log_step
 
 SHOWN = {
@@ -20,7 +21,7 @@ SHOWN = {
 
 
 class Progress(ProgressBar):
-    """Goes from step 0 to `trainer.max_steps`; its figures change when they are logged, so it costs no device sync."""
+    """Goes from step 0 to the last; its figures change when they are logged, so it costs no device sync."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,11 +37,11 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled:
-            total = None if trainer.max_steps < 0 else trainer.max_steps
+            total = num_steps(trainer)
             # A terminal gets a moving bar; a log file a line every ten seconds.
             pace = 0.2 if sys.stderr.isatty() else 10.0
             self._bar = tqdm(
-                total=total,
+                total=None if total < 0 else total,
                 initial=trainer.global_step,
                 desc="train",
                 unit="step",

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_modules.growth.history import write_growths
+from lit_modules.runs.length import ended_by, num_steps
 from lit_modules.runs.logs import forget_from
 
 
@@ -21,6 +22,7 @@ class Summary(Callback):
 
     def __init__(self, run_dir: str) -> None:
         self.run_dir = run_dir
+        self._start: int | None = None  # where the training began
         self.best: tuple[float, int] | None = None  # of the validations: accuracy or else loss, step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -29,6 +31,7 @@ class Summary(Callback):
         }
         part = f" ({sizes[1]:,} of them trained)" if sizes[0] != sizes[1] else ""
         rank_zero_info(f"{sizes[0]:,} parameters{part}, run folder {self.run_dir}")
+        self._start = trainer.global_step
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_growths(Path(self.run_dir) / "growth.csv", pl_module.growths)  # type: ignore[arg-type]
             for logger in trainer.loggers:
@@ -45,7 +48,12 @@ class Summary(Callback):
             self.best = (value, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        lines = [f"\nfinished at step {trainer.global_step} of {trainer.max_steps}"]
+        step, steps = trainer.global_step, num_steps(trainer)
+        lines = [f"\nfinished at step {step}" + (f" of {steps}" if steps >= 0 else "")]
+        if step != steps:
+            lines[0] += f", ended by {ended_by(trainer)}"
+            decays = steps >= 0 and pl_module.optim.schedule != "constant"
+            lines += [f"the learning rate was to decay until step {steps}: it is higher than planned"] * decays
         if self.best is not None:
             value, step = self.best
             classifies = "val/top1" in trainer.callback_metrics
@@ -65,6 +73,13 @@ class Summary(Callback):
             if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
                 lines.append(f"  tensorboard --logdir {shorten(Path(self.run_dir).parent)}")
         rank_zero_info("\n".join(lines))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._start in (None, trainer.global_step):
+            rank_zero_info(
+                f"nothing was trained: the checkpoint is of step {trainer.global_step}, where the run ends by "
+                f"{ended_by(trainer)}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

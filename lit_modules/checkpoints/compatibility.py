@@ -29,21 +29,3 @@ def check_resume(checkpoint: dict[str, Any], module: Any) -> None:
     averages = any(isinstance(callback, WeightAveraging) for callback in module.trainer.callbacks)
     if "current_model_state" in checkpoint and not averages:  # the optimizer's state is of no use to their average
         raise ValueError("the checkpoint was trained with EMA, this run is not: add --trainer.callbacks+=EMA")
-
-
-def check_resumable(trainer: Any) -> None:
-    """Refuse settings under which a resumed run could not be exact.
-
-    Raises:
-        ValueError: naming them.
-    """
-    every, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
-    if isinstance(every, int) and every % accumulate:
-        raise ValueError(
-            f"trainer.val_check_interval={every} counts batches and is no multiple of "
-            f"trainer.accumulate_grad_batches={accumulate}: validations would come in the middle of a step"
-        )
-    if trainer.reload_dataloaders_every_n_epochs:
-        raise ValueError(
-            "trainer.reload_dataloaders_every_n_epochs: a new loader would repeat the same samples; leave it out"
-        )

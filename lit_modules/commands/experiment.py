@@ -1,26 +1,29 @@
 """An experiment from a config: LightningCLI with run folders of their own, resume that is exact, and clear errors."""
 
-import logging
 import os
 import sys
-import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
 from jsonargparse import set_parsing_settings
 from lightning import Callback, LightningDataModule, LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
 
 import datamodules.images
 import datamodules.text  # noqa: F401  (makes their classes known by short names)
+from datamodules.loader import StreamDataModule
 from lit_modules.callbacks import (
     Checkpoint,
     EvaluationRow,
     FreeSpace,
     ImagePredictions,
+    Monitors,
     NonFinite,
     Pictures,
     Preemption,
@@ -34,18 +37,20 @@ from lit_modules.callbacks.checkpoint import RunCheckpoint
 from lit_modules.callbacks.watchdog import end_with
 from lit_modules.checkpoints.reading import read_header
 from lit_modules.checkpoints.writing import AtomicCheckpointIO, remove_partial_checkpoints
+from lit_modules.commands.given import SIZES, InstantiateModel, SaveConfig, as_list, check_options, size_of_data
 from lit_modules.commands.parser import ArgumentParser
 from lit_modules.commands.plan import num_devices, plan
 from lit_modules.commands.run_folder import config_name, resolve_run
 from lit_modules.modules import language, vision
+from lit_modules.modules.base import TokenFormerModule
 from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
 from lit_modules.runs.errors import RunError, explain
 from lit_modules.runs.lock import RunLock
 from lit_modules.runs.logs import ResumableCSVLogger, ResumableTensorBoardLogger
+from lit_modules.runs.quiet import be_quiet
 from lit_modules.runs.slurm import check_tasks, environment
 from lit_modules.strategies import fsdp2
-from tokenformer import LMConfig
 
 # Class paths in the configs of older runs.
 sys.modules |= {f"lit_modules.{module.__name__.rsplit('.')[-1]}": module for module in (language, vision, fsdp2)}
@@ -53,18 +58,6 @@ sys.modules |= {f"lit_modules.{module.__name__.rsplit('.')[-1]}": module for mod
 # How the processes that Lightning starts for a run learn what its first process settled.
 RUN_DIR, CKPT_PATH = "TOKENFORMER_RUN_DIR", "TOKENFORMER_CKPT_PATH"
 FIRST_PROCESS = "TOKENFORMER_FIRST_PROCESS"  # its pid
-
-QUIET = (
-    ".*does not have many workers.*",  # batches are read from a memory-mapped file
-    ".*WeightAveraging callback with a model that overrides.*",
-    ".*exists and is not empty.*",  # a run is resumed in its folder
-    ".*dirpath has changed.*",  # validate and predict have run folders of their own
-    ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.15
-    ".*It is recommended to use `self.log.*sync_dist.*",  # the sums that it logs are over all devices already
-    ".*The `srun` command is available.*",  # outside of a job; in one, lit_modules/runs/slurm.py has looked
-    ".*`IterableDataset` has `__len__` defined.*",  # ours takes the workers into account
-    ".*args parameter is intended to run from within Python.*",  # the command line is parsed in two steps
-)
 
 
 class Trainer(lightning.Trainer):
@@ -137,8 +130,18 @@ class ExperimentCLI(LightningCLI):
                 "best.enable_version_counter": False,
             }
         )
-        for size in ("vocab_size", "num_classes"):  # of the tokenizer, of the images
-            parser.link_arguments(f"data.{size}", f"model.init_args.config.{size}", apply_on="instantiate")
+        for size in SIZES:
+            settled = partial(self._settle, size)
+            parser.link_arguments(f"data.{size}", f"model.init_args.config.{size}", settled, apply_on="instantiate")
+
+    def _settle(self, name: str, size: int) -> int:
+        args = sys.argv[1:] if self._args is None else self._args
+        return size_of_data(name, size, self.config[self.config.subcommand].model, args)
+
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        own = InstantiateModel(cli=self, key="model")
+        self.parser.add_instantiator(own, LightningModule, subclasses=True, prepend=True)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
         self._args = args
@@ -151,6 +154,7 @@ class ExperimentCLI(LightningCLI):
         """Settle the run's folder and the checkpoint to start from."""
         config = self.config[self.config.subcommand]
         config.name = config.name or config_name(sys.argv[1:] if self._args is None else self._args, config.model)
+        check_options(self.config.subcommand, config.trainer)
         if self.config.subcommand == "plan" and config.devices is None:
             config.devices = num_devices(config.trainer.devices, config.trainer.num_nodes)
         if self.config.subcommand in ("prepare", "plan"):
@@ -175,16 +179,10 @@ class ExperimentCLI(LightningCLI):
         data = config.data.init_args
         if self.config.subcommand == "predict" and config.ckpt_path and data.get("predict_source"):
             data.class_names = read_header(Path(config.ckpt_path)).get("class_names")  # the source may be elsewhere
-        given_size = config.model.init_args.get("config", {}).get("vocab_size")
-        if given_size not in (None, LMConfig.vocab_size):
-            raise ValueError(
-                f"model.config.vocab_size={given_size}: leave it out, it is the tokenizer's; "
-                "model.config.vocab_multiple rounds the embedding up"
-            )
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         config = self._get(self.config_init, "trainer")
-        stateful = [c.state_key for c in _as_list(config.callbacks) if type(c).state_dict is not Callback.state_dict]
+        stateful = [c.state_key for c in as_list(config.callbacks) if type(c).state_dict is not Callback.state_dict]
         if twice := [key for key in stateful if stateful.count(key) > 1]:
             raise ValueError(
                 f"trainer.callbacks has {twice[0]} twice, and a checkpoint holds the state of one: give it once "
@@ -202,43 +200,44 @@ class ExperimentCLI(LightningCLI):
         kwargs["default_root_dir"] = run_dir
         if config.logger is not False and not config.fast_dev_run:
             default = config.logger in (None, True)
-            given = [ResumableTensorBoardLogger(run_dir)] if default else _as_list(config.logger)
+            given = [ResumableTensorBoardLogger(run_dir)] if default else as_list(config.logger)
             # First in the list, so that the config goes into the run's folder; `plot` and LossCurve read it.
             kwargs["logger"] = [ResumableCSVLogger(run_dir), *given]
         kwargs["plugins"] = [
-            *_as_list(config.plugins),
+            *as_list(config.plugins),
             AtomicCheckpointIO(self._get(self.config_init, "checkpoint").asynchronous),
             *environment(),
         ]
-        always = [Throughput(), Summary(run_dir), FreeSpace(), Watchdog()]
-        if isinstance(self.model, VisionModule):
+        always = [FreeSpace(), Watchdog()]
+        if isinstance(self.model, TokenFormerModule):  # one of the user's own says less of itself
+            always += [Throughput(), Summary(run_dir)]
+        known = isinstance(self.datamodule, StreamDataModule)
+        if known and isinstance(self.model, VisionModule):
             folder = Path(run_dir) if self._own_run_dir else Path(run_dir).parent  # which other runs have too
             always += [ImagePredictions(), Pictures(), EvaluationRow(saved.name, folder / "results.csv")]
-        else:
+        elif known and isinstance(self.model, LanguageModule):
             always.append(TokenPredictions())
-        if config.enable_progress_bar is not False:
+        has_bar = any(isinstance(callback, ProgressBar) for callback in as_list(config.callbacks))
+        if config.enable_progress_bar is not False and not has_bar:
             always.append(Progress())
         kwargs["enable_model_summary"] = bool(config.enable_model_summary)  # Summary says it in a line
         # Preemption comes first: a run that stops before a step does not grow in it.
-        config.callbacks = [Preemption(run_dir, os.environ[CKPT_PATH]), *_as_list(config.callbacks), *always]
+        config.callbacks = [Preemption(run_dir, os.environ[CKPT_PATH]), Monitors(), *as_list(config.callbacks), *always]
         for key in ("checkpoint", "best"):
             callback = self._get(self.config_init, key)
             # Absolute: where a checkpoint has another name of this folder, they would forget what they saved there.
             callback.dirpath = callback.dirpath or os.path.join(os.path.realpath(run_dir), "checkpoints")
         return super().instantiate_trainer(**kwargs)
 
-
-def _as_list(given: Any) -> list[Any]:
-    return given if isinstance(given, list) else [] if given is None else [given]
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> lightning.Trainer:
+        if config["enable_checkpointing"] is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
 
 
 def run(args: list[str] | None, cli: type[ExperimentCLI] = ExperimentCLI) -> ExperimentCLI:
     """Parse, build and run a command; `args` default to the process's."""
-    for pattern in QUIET:
-        warnings.filterwarnings("ignore", pattern)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
+    be_quiet()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${data.init_args.seq_len} works in a config
     first_process = RUN_DIR not in os.environ
     ExperimentCLI.command = (sys.argv[1:] if args is None else args)[0]
@@ -252,6 +251,7 @@ def run(args: list[str] | None, cli: type[ExperimentCLI] = ExperimentCLI) -> Exp
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
@@ -259,6 +259,8 @@ def run(args: list[str] | None, cli: type[ExperimentCLI] = ExperimentCLI) -> Exp
         )
     except OmegaConfBaseException as error:
         raise ValueError(f"the config holds a ${{...}} that can't be resolved: {error}") from error
+    except MisconfigurationException as error:  # Lightning's, for settings
+        raise ValueError(str(error)) from error
     except Exception as error:
         if not isinstance(error, RunError) and (known := explain(error)):
             raise RunError(known) from error

@@ -139,6 +139,8 @@ def num_devices(devices: list[int] | str | int, num_nodes: int) -> int:
 
 def plan_rows(model: LanguageModule, datamodule: Any, trainer: Any, devices: int) -> list[Row]:
     """A row for the model as configured and for each growth; after a growth, one for the last size from scratch."""
+    if trainer.max_steps < 0:
+        raise ValueError("trainer.max_steps=-1: plan needs the number of steps; those of epochs depend on the data")
     growth = _growth(trainer)
     stages = growth.stages if growth else []
     per_step = datamodule.batch_size * datamodule.seq_len * devices * trainer.accumulate_grad_batches

@@ -102,7 +102,7 @@ def check_order(stages: Sequence[Stage], steps: Sequence[int | None], max_steps:
         if step is None:
             continue
         if step >= max_steps >= 0:
-            raise ValueError(f"stage {i + 1} {stage} comes at step {step}: trainer.max_steps={max_steps}")
+            raise ValueError(f"stage {i + 1} {stage} comes at step {step}, the run has {max_steps} steps")
         if step <= last:
             raise ValueError(f"stage {i + 1} {stage} comes at step {step}, not after {stages[i - 1]}")
         last = step
@@ -118,6 +118,8 @@ def check_room(
     """
     known = [step for step in steps if step is not None]
     for i, (start, end) in enumerate(zip((0, *known), (*known, max_steps), strict=True)):
+        if end < 0:
+            break
         if restarts:
             check_schedule(optim, end - start, f"steps {start} to {end}, a stage of schedule: restart")
         if i and anneal_steps > end - start:

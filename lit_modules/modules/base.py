@@ -8,18 +8,21 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from lightning import Callback, LightningModule
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lit_modules.checkpoints.compatibility import check_resumable, check_resume
+from lit_modules.checkpoints.compatibility import check_resume
 from lit_modules.growth.structure import anneal_tau, match_structure
-from lit_modules.optim.clipping import clip_grad_norm
+from lit_modules.optim.clipping import clip_grad_norm, weigh_short_step
 from lit_modules.optim.config import OptimConfig
-from lit_modules.optim.groups import adamw, module_param_groups, update_param_groups
+from lit_modules.optim.groups import adamw, groups_of, module_param_groups, update_param_groups
 from lit_modules.optim.schedule import LearningRate, check_schedule
 from lit_modules.optim.skip_step import propagate_nonfinite, skip_if_nonfinite
+from lit_modules.runs.length import num_steps
 from lit_modules.runs.logs import is_log_step
+from lit_modules.runs.options import refuse_callbacks, refuse_settings
 from lit_modules.strategies.ranks import data_parallel_rank
 from tokenformer.config import BackboneConfig
 from tokenformer.interop import load_initial_weights
@@ -56,6 +59,7 @@ class TokenFormerModule(LightningModule, ABC):
         self.learning_rate = LearningRate(optim)
         self.old_lr_scale = 1.0
         self.skipped: Tensor | None = None
+        self._overfits = False  # trains on the same few batches again and again
         self._seed = torch.initial_seed()
         self._losses: list[Tensor] = []  # of the batches of this optimizer step
         self._grad_norm: Tensor | None = None
@@ -120,7 +124,8 @@ class TokenFormerModule(LightningModule, ABC):
     def update_optimizer(self) -> None:
         """Tell the optimizer of parameters that have come, or that are frozen now."""
         (optimizer,) = self.trainer.optimizers
-        update_param_groups(optimizer, self.param_groups())
+        own = self.learning_rate.scheduler is None  # it was made by the `configure_optimizers` of a subclass
+        update_param_groups(optimizer, groups_of(self) if own else self.param_groups())
         self.zero_grad()  # a frozen parameter's last gradient would count when gradients are clipped
 
     def apply_learning_rate(self) -> None:
@@ -140,16 +145,19 @@ class TokenFormerModule(LightningModule, ABC):
         return []
 
     def setup(self, stage: str) -> None:
-        """Refuse settings that can't be followed, and those under which a resumed run could not be exact."""
-        if stage != "fit":
-            return
-        check_resumable(self.trainer)
-        algorithm = self.trainer.gradient_clip_algorithm
-        if algorithm not in (None, "norm"):
-            raise ValueError(f"trainer.gradient_clip_algorithm={algorithm.value!r}: only 'norm' is supported")
-        steps = self.trainer.max_steps
-        if steps > 0 and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # which makes a step of a warm-up
-            check_schedule(self.optim, steps, f"trainer.max_steps={steps}")
+        """Refuse what can't work, for a trainer that no command line has looked at."""
+        trainer: Any = self.trainer
+        if stage == "fit":
+            refuse_settings(trainer)
+            refuse_callbacks(
+                type(callback) for callback in trainer.callbacks if not isinstance(callback, Timer)
+            )  # of `max_time`
+            scheduled = type(self).configure_optimizers is TokenFormerModule.configure_optimizers
+            if scheduled and trainer.max_steps >= 0:  # else its epochs say, when the loaders are known
+                self._set_num_steps(trainer.max_steps, f"trainer.max_steps={trainer.max_steps}")
+        if getattr(trainer, "overfit_batches", 0) and hasattr(getattr(trainer, "datamodule", None), "order"):
+            # Lightning has limited the batches by it, and would give the loaders samplers; ours have no use for one.
+            self._overfits, trainer.overfit_batches = True, 0.0
 
     def configure_model(self) -> None:
         """Build the model; here and not before, so that it is made on its device and in its precision."""
@@ -167,15 +175,22 @@ class TokenFormerModule(LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its per-step schedule."""
-        steps = self.trainer.max_steps
-        if steps < 1:
-            raise ValueError(f"trainer.max_steps={steps}: the learning rate schedule needs the number of steps")
-        self.learning_rate.max_steps = steps
         self.learning_rate.peak = self._peak_lr()
         # The fused update does its own unscaling in 16-mixed, where gradients must be unscaled before clipping.
         optimizer = adamw(self.param_groups(), self.optim, fused=self.trainer.precision != "16-mixed")
         scheduler = self.learning_rate.attach(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _set_num_steps(self, steps: int, what: str) -> None:
+        """Fit the schedule into so many steps; -1: without a limit."""
+        if steps == 0 or (steps < 0 and self.optim.schedule != "constant"):
+            raise ValueError(
+                f"{what}: optim.schedule={self.optim.schedule} needs the number of steps: give trainer.max_steps or "
+                "trainer.max_epochs, or optim.schedule=constant"
+            )
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
+            check_schedule(self.optim, steps, what)
+        self.learning_rate.max_steps = steps
 
     def _peak_lr(self) -> float:
         """The peak rate for as many samples as an optimizer step has."""
@@ -196,7 +211,17 @@ class TokenFormerModule(LightningModule, ABC):
     def on_train_start(self) -> None:
         """After a resume the configured rates hold, not those that the checkpoint brought along."""
         self._step = self.trainer.global_step
+        if self.trainer.max_steps < 0 and self.learning_rate.scheduler is not None:
+            steps = num_steps(self.trainer)
+            of_epochs = f"trainer.max_epochs={self.trainer.max_epochs}, {steps} steps"
+            self._set_num_steps(steps, of_epochs if steps >= 0 else "trainer.max_steps=-1")
         self.apply_learning_rate()
+
+    def on_train_epoch_start(self) -> None:
+        """With `overfit_batches` the first batches come again, their augmentations too."""
+        loader: Any = self.trainer.train_dataloader
+        if self._overfits and self.trainer.current_epoch > 0:
+            loader.load_state_dict({"position": 0})
 
     # A training step.
 
@@ -225,6 +250,7 @@ class TokenFormerModule(LightningModule, ABC):
         A step that is not finite is skipped. In 16-mixed that is the GradScaler's doing, and gradients may overflow
         while it looks for its scale: there only losses tell that something is wrong.
         """
+        weigh_short_step(self.parameters(), len(self._losses), self.trainer.accumulate_grad_batches)
         self._lr = optimizer.param_groups[0]["lr"]  # with layer_decay: that of the last layers
         self._grad_norm = clip_grad_norm(self.parameters(), gradient_clip_val or math.inf)
         finite = self._grad_norm.isfinite()
@@ -274,23 +300,3 @@ class TokenFormerModule(LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         """Log the metrics."""
         self.log_dict({f"test/{name}": value for name, value in self.evaluation(self.trainer, "test").items()})
-
-
-def check_recomputing(module: TokenFormerModule) -> None:
-    """Refuse `recompute_scores` where it would do nothing.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    if not module.recompute_scores:
-        return
-    if module.checkpoint_activations:
-        raise ValueError(
-            "model.recompute_scores=true, model.checkpoint_activations=true: the second keeps no scores; choose one"
-        )
-    if module.config.baseline is not None:
-        raise ValueError(f"model.recompute_scores=true: config.baseline={module.config.baseline!r} has no scores")
-    if module.config.score_norm != "l2_norm_gelu":
-        raise ValueError(
-            f"model.recompute_scores=true: needs config.score_norm=l2_norm_gelu, not {module.config.score_norm}"
-        )

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_modules.modules.base import TokenFormerModule, check_recomputing
+from lit_modules.modules.base import TokenFormerModule
+from lit_modules.modules.recomputing import check_recomputing
 from lit_modules.optim.config import OptimConfig
 from lit_modules.strategies.sharding import shard
 from tokenformer import LMConfig, TokenFormerLM
@@ -91,22 +92,21 @@ class LanguageModule(TokenFormerModule):
     def setup(self, stage: str) -> None:
         """Check model and data against each other before any work is done."""
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None:
-            return
-        if data.vocab_size > self.config.vocab_size:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "vocab_size", 0) > self.config.vocab_size:
             raise ValueError(
                 f"model.config.vocab_size={self.config.vocab_size} but the tokenizer makes ids up to "
                 f"{data.vocab_size - 1}: set it to at least {data.vocab_size}"
             )
-        if data.vocab_size < self.config.vocab_size == getattr(data, "requested_vocab_size", None):
+        requested = getattr(data, "requested_vocab_size", None)
+        if requested is not None and data.vocab_size < self.config.vocab_size == requested:
             rank_zero_info(
                 f"the text gives a vocabulary of {data.vocab_size}, not data.bpe_vocab_size={self.config.vocab_size}: "
                 "the model has as many"
             )
             self.config = replace(self.config, vocab_size=data.vocab_size)
             self.save_hyperparameters({"config": asdict(self.config)})
-        if data.seq_len > self.config.max_seq_len:
+        if getattr(data, "seq_len", 0) > self.config.max_seq_len:
             raise ValueError(
                 f"data.seq_len={data.seq_len} is longer than model.config.max_seq_len={self.config.max_seq_len}"
             )
@@ -137,9 +137,9 @@ class LanguageModule(TokenFormerModule):
         nats, entropy, tokens = trainer.strategy.reduce(self._sums, reduce_op="sum")
         nats, entropy = nats / tokens, entropy / tokens
         metrics = {"loss": nats, "perplexity": nats.exp(), "entropy": entropy}
-        split = getattr(getattr(trainer, "datamodule", None), stage, None)
+        split = getattr(getattr(getattr(trainer, "datamodule", None), stage, None), "split", None)
         if split is not None:
-            metrics["bits_per_byte"] = nats / math.log(2) * split.split.tokens / split.split.bytes
+            metrics["bits_per_byte"] = nats / math.log(2) * split.tokens / split.bytes
         return {name: value.float() for name, value in metrics.items()}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_modules.modules.base import TokenFormerModule, check_recomputing
+from lit_modules.modules.base import TokenFormerModule
+from lit_modules.modules.recomputing import check_recomputing
 from lit_modules.optim.config import OptimConfig
 from lit_modules.runs.logs import is_log_step
 from lit_modules.strategies.ranks import data_parallel_rank
@@ -141,10 +142,12 @@ class VisionModule(TokenFormerModule):
             raise ValueError(
                 f"model.config.in_channels={self.config.in_channels}: data.in_channels={channels}; set both"
             )
-        if data.num_classes != self.config.num_classes:
+        if getattr(data, "num_classes", self.config.num_classes) != self.config.num_classes:
             raise ValueError(
                 f"model.config.num_classes={self.config.num_classes} but the data has {data.num_classes} classes"
             )
+        if not hasattr(data, "image_size"):  # of the user's own
+            return
         if self.timm_model is not None and data.image_size != self.config.image_size:
             raise ValueError(
                 f"data.image_size={data.image_size}: {self.timm_model} is built for "
@@ -175,16 +178,15 @@ class VisionModule(TokenFormerModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history, what the outputs stand for, and what evaluation does to an image."""
         super().on_save_checkpoint(checkpoint)
-        if (data := getattr(self.trainer, "datamodule", None)) is not None:
-            checkpoint["class_names"] = data.class_names
-            checkpoint["preprocessing"] = getattr(data, "preprocessing", {})
+        data = getattr(self.trainer, "datamodule", None)
+        checkpoint |= {name: getattr(data, name) for name in ("class_names", "preprocessing") if hasattr(data, name)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the size of the saved model, and the order of its classes; refuse one that knows others."""
         super().on_load_checkpoint(checkpoint)
-        data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         saved = checkpoint.get("class_names")
-        if data is None or saved is None or saved == data.class_names:
+        if saved is None or saved == getattr(data, "class_names", saved):
             return
         if sorted(saved) == sorted(data.class_names):
             data.set_class_order(saved)
@@ -251,7 +253,7 @@ class VisionModule(TokenFormerModule):
 
     def evaluate(self, batch: EvalBatch) -> dict[str, Tensor]:
         """Add the batch to the sums; its logits (B, C) and losses (B,)."""
-        images, labels, _ = batch
+        images, labels, *_ = batch
         logits = self._model(images).float()
         if self._absent is not None:
             logits = logits.masked_fill(self._absent, -torch.inf)

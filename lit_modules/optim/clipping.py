@@ -23,3 +23,13 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> torch.Te
         for params in by_mesh.values():
             nn.utils.clip_grads_with_norm_(params, limit, total)
     return total
+
+
+def weigh_short_step(parameters: Iterable[nn.Parameter], batches: int, accumulate: int) -> None:
+    """Let gradients be the mean of a step's batches, if an epoch ended before all came that it accumulates.
+
+    Lightning has divided each by as many as there should have been.
+    """
+    for parameter in parameters if 0 < batches < accumulate else ():
+        if parameter.grad is not None:
+            parameter.grad.mul_(accumulate / batches)

@@ -4,8 +4,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from lightning.pytorch.core.optimizer import _configure_optimizers
 from timm.models import group_parameters
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lit_modules.optim.config import OptimConfig
 
@@ -119,11 +121,39 @@ def match_by_name(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> di
     return {"state": state, "param_groups": groups}
 
 
+def groups_of(module: Any) -> list[dict[str, Any]]:
+    """The groups of a module with a `configure_optimizers` of its own, as that makes them for the model as it is now.
+
+    A run that is resumed at this size has the same, in the same order.
+
+    Raises:
+        ValueError: for an optimizer that can't take up new parameters.
+    """
+    (optimizer,), *_ = _configure_optimizers(module.configure_optimizers())
+    if isinstance(optimizer, (torch.optim.LBFGS, ZeroRedundancyOptimizer)):
+        raise ValueError(
+            f"configure_optimizers: {type(optimizer).__name__} can't take up the parameters of a model that grows: "
+            "choose one that keeps the state of each parameter by itself, such as SGD or AdamW"
+        )
+    names = {p: name for name, p in module.named_parameters()}
+    return [{"params": [(names[p], p) for p in group["params"]]} for group in optimizer.param_groups]
+
+
 def update_param_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Replace the parameters of an optimizer's groups in place: schedulers hold on to the groups, moments stay."""
+    """Replace the parameters of an optimizer's groups in place: schedulers hold on to the groups, moments stay.
+
+    Raises:
+        ValueError: when there are more groups, or fewer.
+    """
+    if len(optimizer.param_groups) != len(groups):
+        raise ValueError(
+            f"configure_optimizers: made {len(optimizer.param_groups)} groups of parameters, and {len(groups)} when "
+            "asked again: their number must not depend on the model's size"
+        )
     for group, now in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = [p for _, p in now["params"]]
-        group["param_names"] = [name for name, _ in now["params"]]
+        if "param_names" in group:
+            group["param_names"] = [name for name, _ in now["params"]]
     live = {p for group in optimizer.param_groups for p in group["params"]}
     for gone in set(optimizer.state) - live:
         del optimizer.state[gone]

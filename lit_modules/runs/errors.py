@@ -33,6 +33,8 @@ def _explain(error: BaseException) -> str | None:
             f"MASTER_PORT={taken[1]}: another process of this machine listens on that port; choose a free one, or "
             "unset MASTER_PORT, and on one machine one is found"
         )
+    if missing := re.search(r"Early stopping conditioned on metric `(.+?)` .* following: (.*)", text):
+        return f"EarlyStopping.monitor={missing[1]!r} is not logged: choose one of {missing[2].replace('`', '')}"
     if worker := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (.*)", text):
         return (
             f"a process that loads data has died: worker {worker[1]} {worker[2]} Killed from outside, it is mostly the "

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import ClassVar
 
 from lightning import Callback
 
@@ -119,4 +120,26 @@ class KillWorker(Callback):
     def on_train_batch_start(self, trainer, *_) -> None:
         if trainer.global_step == self.step + 1:
             os.kill(trainer.train_dataloader._iterator._workers[0].pid, signal.SIGKILL)
-            time.sleep(30)  # until the signal of its death raises
+            time.sleep(30)  # the signal of its death raises here, and not between a checkpoint and its row of the log
+
+
+class StopAt(Callback):
+    """Tells the trainer to stop after a batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop |= batch_idx + 1 == self.batch
+
+
+class KeepWeights(Callback):
+    """Keeps the sum of the weights at the end of a training, of the first such run and of the last."""
+
+    first: ClassVar[float | None] = None
+    last: ClassVar[float | None] = None
+    step: ClassVar[int] = 0
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        KeepWeights.last = sum(p.double().abs().sum().item() for p in pl_module.parameters())
+        KeepWeights.step = trainer.global_step
