@@ -1,4 +1,7 @@
-"""ImageDataModule: images to batches. B batch, S image size, C classes."""
+"""ImageDataModule: images to batches. B batch, S image size, C classes.
+
+One file: a third of it is the list of settings, with what each means.
+"""
 
 import re
 import warnings

@@ -92,8 +92,8 @@ class TokenFormerModule(LightningModule, ABC):
         """Training tokens of a batch of this datamodule on one device; None where it does not say."""
 
     @abstractmethod
-    def start_evaluation(self) -> None:
-        """Begin a validation or test: nothing has been seen."""
+    def start_evaluation(self, trainer: Any, stage: str) -> None:
+        """Begin a validation or test (val, test): nothing has been seen."""
 
     @abstractmethod
     def evaluate(self, batch: Any) -> dict[str, Tensor]:
@@ -241,7 +241,7 @@ class TokenFormerModule(LightningModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
-        self.start_evaluation()
+        self.start_evaluation(self.trainer, "val")
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Take a batch into account."""
@@ -253,7 +253,7 @@ class TokenFormerModule(LightningModule, ABC):
 
     def on_test_epoch_start(self) -> None:
         """Forget the last test."""
-        self.start_evaluation()
+        self.start_evaluation(self.trainer, "test")
 
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Take a batch into account."""
