@@ -77,7 +77,7 @@ class EMA(WeightAveraging):
             if trainer.world_size > 1:  # as DDP does in its forward pass: statistics are those of the first process
                 for buffer in raw.buffers():
                     torch.distributed.broadcast(buffer, 0)
-            raw.start_evaluation()
+            raw.start_evaluation(trainer, "val")
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         """Validate the weights themselves."""

@@ -25,8 +25,8 @@ from lit_modules.checkpoints.reading import config_of, read_checkpoint, run_dir_
 from lit_modules.commands.model_card import model_card
 from lit_modules.commands.predict import described
 from lit_modules.commands.tokenizers import save_tokenizer, tokenizer_of
+from lit_modules.modules.classes import CLASS_MAP
 from lit_modules.modules.loading import Weights, model_from_checkpoint
-from lit_modules.modules.vision import CLASS_MAP
 from tokenformer import TokenFormerLM, TokenFormerViT, save_pretrained
 from tokenformer.onnx import save_onnx
 

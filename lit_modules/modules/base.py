@@ -96,8 +96,8 @@ class TokenFormerModule(LightningModule, ABC):
         """Training tokens of a batch of this datamodule on one device; None where it does not say."""
 
     @abstractmethod
-    def start_evaluation(self) -> None:
-        """Begin a validation or test: nothing has been seen."""
+    def start_evaluation(self, trainer: Any, stage: str) -> None:
+        """Begin a validation or test (val, test): nothing has been seen."""
 
     @abstractmethod
     def evaluate(self, batch: Any) -> dict[str, Tensor]:
@@ -149,9 +149,7 @@ class TokenFormerModule(LightningModule, ABC):
         trainer: Any = self.trainer
         if stage == "fit":
             refuse_settings(trainer)
-            refuse_callbacks(
-                type(callback) for callback in trainer.callbacks if not isinstance(callback, Timer)
-            )  # of `max_time`
+            refuse_callbacks(type(c) for c in trainer.callbacks if not isinstance(c, Timer))  # that of `max_time`
             scheduled = type(self).configure_optimizers is TokenFormerModule.configure_optimizers
             if scheduled and trainer.max_steps >= 0:  # else its epochs say, when the loaders are known
                 self._set_num_steps(trainer.max_steps, f"trainer.max_steps={trainer.max_steps}")
@@ -279,7 +277,7 @@ class TokenFormerModule(LightningModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
-        self.start_evaluation()
+        self.start_evaluation(self.trainer, "val")
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Take a batch into account."""
@@ -291,7 +289,7 @@ class TokenFormerModule(LightningModule, ABC):
 
     def on_test_epoch_start(self) -> None:
         """Forget the last test."""
-        self.start_evaluation()
+        self.start_evaluation(self.trainer, "test")
 
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Take a batch into account."""

@@ -120,7 +120,7 @@ class LanguageModule(TokenFormerModule):
         """Mean cross-entropy of the batch in nats."""
         return self._model.loss(*batch)
 
-    def start_evaluation(self) -> None:
+    def start_evaluation(self, trainer: Any, stage: str) -> None:
         """Reset the sums."""
         # Plain sums, since torchmetrics' weighted mean either leaves out NaN or forgets the weights (1.9).
         wide = torch.float32 if self.device.type == "mps" else torch.float64

@@ -2,19 +2,19 @@
 
 from dataclasses import asdict
 from difflib import get_close_matches
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_modules.modules.base import TokenFormerModule
+from lit_modules.modules.classes import match_checkpoint, match_export
 from lit_modules.modules.recomputing import check_recomputing
 from lit_modules.optim.config import OptimConfig
 from lit_modules.runs.logs import is_log_step
@@ -27,10 +27,6 @@ IGNORE = -100  # label of rows that fill up a batch, and of images that have non
 
 TrainBatch = tuple[Tensor, Tensor]  # images (B, 3, H, W), labels (B,) or soft targets (B, C)
 EvalBatch = tuple[Tensor, Tensor, Tensor]  # images, labels (B,), places in the split (B,), -1 where it only fills up
-
-CLASS_MAP = (
-    "class_map.txt"  # beside an exported model: a line for each class in the order of its outputs, as timm reads it
-)
 
 PROBE_IMAGES = 16  # enough to see a change; a whole batch would take longer than the growth
 
@@ -159,21 +155,7 @@ class VisionModule(TokenFormerModule):
                 f"model.config.patch_size={self.config.patch_size}"
             )
         if self.init_from is not None:
-            self._take_class_order_of(Path(self.init_from), data)
-
-    def _take_class_order_of(self, folder: Path, data: Any) -> None:
-        """Read the same classes as an exported model in its order of them."""
-        if (folder / CLASS_MAP).is_file():
-            names = (folder / CLASS_MAP).read_text(encoding="utf-8").splitlines()
-            if names != data.class_names and sorted(names) == sorted(data.class_names):
-                data.set_class_order(names)
-                rank_zero_info(f"the classes are in the order of {folder}, not in that of new runs")
-        elif sorted(data.class_names) != data.class_names:
-            rank_zero_warn(
-                f"model.init_from={self.init_from!r}: has no {CLASS_MAP}, so its classes are taken to be in the order "
-                f"of the data, {', '.join(data.class_names[:12])}, ...; older versions sorted the names of folders as "
-                f"strings: if one wrote it, put a {CLASS_MAP} there, a line for each class in that order"
-            )
+            match_export(Path(self.init_from), data)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history, what the outputs stand for, and what evaluation does to an image."""
@@ -186,19 +168,8 @@ class VisionModule(TokenFormerModule):
         super().on_load_checkpoint(checkpoint)
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         saved = checkpoint.get("class_names")
-        if saved is None or saved == getattr(data, "class_names", saved):
-            return
-        if sorted(saved) == sorted(data.class_names):
-            data.set_class_order(saved)
-            rank_zero_info("the classes are in the order of the checkpoint, not in that of new runs")
-        else:
-            pairs = zip_longest(saved, data.class_names)
-            number, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-            raise ValueError(
-                f"the checkpoint knows {len(saved)} classes, data.source has {len(data.class_names)}; the first that "
-                f"differs is number {number}: {theirs!r} in the checkpoint, {ours!r} in the data; to evaluate some of "
-                "the classes, or classes under other names, give data.class_map"
-            )
+        if saved is not None and hasattr(data, "class_names"):
+            match_checkpoint(saved, data)
 
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
         """Log; also how many images could not be read, where those are passed over."""
@@ -237,16 +208,15 @@ class VisionModule(TokenFormerModule):
             self._flops[images.shape[1:]] = counter.get_total_flops()
         return 3 * len(images) * self._flops[images.shape[1:]]
 
-    def start_evaluation(self) -> None:
-        """Reset the sums."""
+    def start_evaluation(self, trainer: Any, stage: str) -> None:
+        """Reset the sums; of a class map, only classes that have images are told apart."""
         self._top1.reset()
         self._top5.reset()
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self._sums = torch.zeros(2, dtype=wide, device=self.device)  # nats, images
-        data: Any = getattr(self.trainer, "datamodule", None)
-        some = data.some_classes("test" if self.trainer.testing else "val") if hasattr(data, "some_classes") else None
-        self._absent: Tensor | None = None  # (C), true of classes that the split knows nothing of
-        if some is not None:
+        self._absent: Tensor | None = None  # (C), true of the classes that are ruled out
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "some_classes") and (some := data.some_classes(stage)) is not None:
             self._absent = torch.ones(self.config.num_classes, dtype=torch.bool, device=self.device)
             self._absent[some] = False
             rank_zero_info(f"{len(some)} of {self.config.num_classes} classes have images: the others are ruled out")

@@ -449,6 +449,13 @@ def test_some_classes_are_told_apart_as_timm_does(trained, images, tmp_path, cap
     assert (float(row["top1"]), row["count"]) == (pytest.approx(top1, abs=1e-3), "16")
     assert rows(tmp_path / "run", "val/loss")[-1][1] == pytest.approx(loss, rel=1e-4)
     assert "2 of 3 classes have images: the others are ruled out" in caplog.text
+    (tmp_path / "some" / "train").symlink_to(images / "train")  # while training too, of weights beside their average
+    options = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", f"--data.source={tmp_path / 'some'}"]
+    options += [f"--data.class_map={tmp_path / 'classes.txt'}"]
+    average = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.01", "--trainer.callbacks.warmup=false"]
+    main(fit(write(tmp_path, images), tmp_path / "fit", *options, *average))
+    (loss,), (raw,) = (rows(tmp_path / "fit", name) for name in ("val/loss", "val/raw_loss"))
+    assert raw == pytest.approx(loss, abs=1e-2)
 
 
 def test_unreadable_images_are_counted_in_the_log(images, tmp_path):

@@ -1,0 +1,49 @@
+"""The classes of an image model and those of the data are the same ones, in the model's order."""
+
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+CLASS_MAP = "class_map.txt"  # beside an exported model, as timm reads it: a line for each class, in the model's order
+
+
+def take_order(saved: list[str], data: Any, model: str) -> bool:
+    """Let data that have the model's classes number them as it does; whether they have them."""
+    if saved == data.class_names:
+        return True
+    if sorted(saved) != sorted(data.class_names) or not hasattr(data, "set_class_order"):
+        return False
+    data.set_class_order(saved)
+    rank_zero_info(f"the classes are in the order of {model}, not in that of new runs")
+    return True
+
+
+def match_checkpoint(saved: list[str], data: Any) -> None:
+    """Take the order of a checkpoint's classes.
+
+    Raises:
+        ValueError: when the data has others.
+    """
+    if take_order(saved, data, "the checkpoint"):
+        return
+    pairs = zip_longest(saved, data.class_names)
+    number, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise ValueError(
+        f"the checkpoint knows {len(saved)} classes, data.source has {len(data.class_names)}; the first that differs "
+        f"is number {number}: {theirs!r} in the checkpoint, {ours!r} in the data; to evaluate some of the classes, or "
+        "classes under other names, give data.class_map"
+    )
+
+
+def match_export(folder: Path, data: Any) -> None:
+    """Take the order of an exported model's classes, if it says them and they are those of the data."""
+    if (folder / CLASS_MAP).is_file():
+        take_order((folder / CLASS_MAP).read_text(encoding="utf-8").splitlines(), data, str(folder))
+    elif sorted(data.class_names) != data.class_names:
+        rank_zero_warn(
+            f"model.init_from={str(folder)!r}: has no {CLASS_MAP}, so its classes are taken to be in the order of the "
+            f"data, {', '.join(data.class_names[:12])}, ...; older versions sorted the names of folders as strings: if "
+            f"one wrote it, put a {CLASS_MAP} there, a line for each class in that order"
+        )
