@@ -59,6 +59,7 @@ class TokenFormerModule(LightningModule, ABC):
         self.learning_rate = LearningRate(optim)
         self.old_lr_scale = 1.0
         self.skipped: Tensor | None = None
+        self._head_is_new = False  # since `init_from` has other classes
         self._overfits = False  # trains on the same few batches again and again
         self._seed = torch.initial_seed()
         self._losses: list[Tensor] = []  # of the batches of this optimizer step
@@ -151,12 +152,13 @@ class TokenFormerModule(LightningModule, ABC):
         if self.model is None:
             model = self.build_model()
             if self.init_from is not None:  # a checkpoint that is resumed from comes later, and wins
-                load_initial_weights(model, self.init_from)
+                self._head_is_new = load_initial_weights(model, self.init_from)
             self.set_model(model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the size of the saved model, before its weights are loaded and anything is wrapped around it."""
         check_resume(checkpoint, self)
+        self._head_is_new = False
         if "state_dict" in checkpoint:  # else the strategy, which has loaded the weights already, has done it
             match_structure(self, checkpoint["state_dict"], checkpoint.get("growths", []))
 
