@@ -189,12 +189,15 @@ def load_trained(path: str | Path) -> TokenFormerLM | TokenFormerViT:
     return joined.eval()
 
 
-def load_initial_weights(model: Any, folder: str | Path) -> None:
+def load_initial_weights(model: Any, folder: str | Path) -> bool:
     """Give a model the weights in a folder, to train it further. A classifier for other classes stays new.
 
     Args:
         model: a TokenFormerLM or TokenFormerViT of the sizes in the folder's config; see `FREE` for what may differ.
         folder: what :func:`from_pretrained` reads, or :func:`load_trained`.
+
+    Returns:
+        Whether the model has a classifier that stays new.
 
     Raises:
         ValueError: that lists the sizes that differ.
@@ -209,10 +212,12 @@ def load_initial_weights(model: Any, folder: str | Path) -> None:
         raise ValueError(f"{folder} has a model of other sizes: set model.config to {listed}")
     tensors = dict(trained.state_dict()) if trained else _read_weights(folder)
     new: tuple[str, ...] = (".tau_gain",)  # 0, of a tau that is trained from now on
-    if own.get("num_classes") != source.get("num_classes"):
+    new_head = own.get("num_classes") != source.get("num_classes")
+    if new_head:
         new += ("head.weight", "head.bias")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(new[1:])}
     load_checked(model, tensors, folder, may_miss=new)
+    return new_head and bool(own["num_classes"])
 
 
 def load_checked(

@@ -59,6 +59,7 @@ class TokenFormerModule(LightningModule, ABC):
         self.learning_rate = LearningRate(optim)
         self.old_lr_scale = 1.0
         self.skipped: Tensor | None = None
+        self._head_is_new = False  # since `init_from` has other classes
         self._overfits = False  # trains on the same few batches again and again
         self._seed = torch.initial_seed()
         self._losses: list[Tensor] = []  # of the batches of this optimizer step
@@ -123,15 +124,13 @@ class TokenFormerModule(LightningModule, ABC):
 
     def update_optimizer(self) -> None:
         """Tell the optimizer of parameters that have come, or that are frozen now."""
-        (optimizer,) = self.trainer.optimizers
         own = self.learning_rate.scheduler is None  # it was made by the `configure_optimizers` of a subclass
-        update_param_groups(optimizer, groups_of(self) if own else self.param_groups())
+        update_param_groups(self.trainer.optimizers[0], groups_of(self) if own else self.param_groups())
         self.zero_grad()  # a frozen parameter's last gradient would count when gradients are clipped
 
     def apply_learning_rate(self) -> None:
         """Let the configured rates hold from this step on, whatever the optimizer has."""
-        (optimizer,) = self.trainer.optimizers
-        self.learning_rate.apply(optimizer, self.param_groups())
+        self.learning_rate.apply(self.trainer.optimizers[0], self.param_groups())
 
     # Lightning's hooks: the start.
 
@@ -150,8 +149,8 @@ class TokenFormerModule(LightningModule, ABC):
         if stage == "fit":
             refuse_settings(trainer)
             refuse_callbacks(type(c) for c in trainer.callbacks if not isinstance(c, Timer))  # that of `max_time`
-            scheduled = type(self).configure_optimizers is TokenFormerModule.configure_optimizers
-            if scheduled and trainer.max_steps >= 0:  # else its epochs say, when the loaders are known
+            own = type(self).configure_optimizers is not TokenFormerModule.configure_optimizers
+            if trainer.max_steps >= 0 and not own:  # else its epochs say, when the loaders are known
                 self._set_num_steps(trainer.max_steps, f"trainer.max_steps={trainer.max_steps}")
         if getattr(trainer, "overfit_batches", 0) and hasattr(getattr(trainer, "datamodule", None), "order"):
             # Lightning has limited the batches by it, and would give the loaders samplers; ours have no use for one.
@@ -162,12 +161,13 @@ class TokenFormerModule(LightningModule, ABC):
         if self.model is None:
             model = self.build_model()
             if self.init_from is not None:  # a checkpoint that is resumed from comes later, and wins
-                load_initial_weights(model, self.init_from)
+                self._head_is_new = load_initial_weights(model, self.init_from)
             self.set_model(model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the size of the saved model, before its weights are loaded and anything is wrapped around it."""
         check_resume(checkpoint, self)
+        self._head_is_new = False
         if "state_dict" in checkpoint:  # else the strategy, which has loaded the weights already, has done it
             match_structure(self, checkpoint["state_dict"], checkpoint.get("growths", []))
 
@@ -176,8 +176,8 @@ class TokenFormerModule(LightningModule, ABC):
         self.learning_rate.peak = self._peak_lr()
         # The fused update does its own unscaling in 16-mixed, where gradients must be unscaled before clipping.
         optimizer = adamw(self.param_groups(), self.optim, fused=self.trainer.precision != "16-mixed")
-        scheduler = self.learning_rate.attach(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule: Any = {"scheduler": self.learning_rate.attach(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _set_num_steps(self, steps: int, what: str) -> None:
         """Fit the schedule into so many steps; -1: without a limit."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,6 +157,37 @@ class VisionModule(TokenFormerModule):
             )
         if self.init_from is not None:
             match_export(Path(self.init_from), data)
+
+    def on_train_start(self) -> None:
+        """Say that the classifier is new, if it is."""
+        super().on_train_start()
+        if self._head_is_new:
+            rank_zero_info(
+                f"the classifier is new: model.init_from={self.init_from} has other classes than the {self._classes()}"
+            )
+        self._head_is_new = False
+
+    def on_validation_start(self) -> None:
+        """Refuse to evaluate a classifier that nobody has trained."""
+        self._refuse_new_head()
+
+    def on_test_start(self) -> None:
+        """Refuse to evaluate a classifier that nobody has trained."""
+        self._refuse_new_head()
+
+    def on_predict_start(self) -> None:
+        """Refuse to predict by a classifier that nobody has trained."""
+        self._refuse_new_head()
+
+    def _refuse_new_head(self) -> None:
+        if self._head_is_new and self.trainer.state.fn != TrainerFn.FITTING:
+            raise ValueError(
+                f"model.init_from={self.init_from} has other classes than the {self._classes()}, its classifier would "
+                "be a random one: train it first, and give --ckpt_path; or give the data that it was trained on"
+            )
+
+    def _classes(self) -> str:
+        return f"{self.config.num_classes} of data.source"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history, what the outputs stand for, and what evaluation does to an image."""

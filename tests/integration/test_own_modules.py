@@ -1,5 +1,6 @@
 """Modules of a user's own beside ours, an optimizer of their own, sizes that are given though the data settles them."""
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,9 @@ from lit_modules.cli import main
 from tests.integration.own_modules import OwnOptimizer
 from tests.integration.test_lightning_options import FOUR, fit, saved
 from tests.integration.test_training import rows, write_config
+from tests.integration.test_vision_training import TINY as TINY_VISION
+from tokenformer import TokenFormerViT, ViTConfig
+from tokenformer.interop import save_pretrained
 
 GROW = {
     "class_path": "GrowParameterTokens",
@@ -101,3 +105,25 @@ def test_a_size_that_the_data_overrules_is_an_error(corpus, tmp_path, options, m
         return
     with pytest.raises(ValueError, match=message):
         fit(config, tmp_path / "run", *options)
+
+
+def test_a_classifier_that_nobody_has_trained_is_not_evaluated(tmp_path, caplog):
+    """Another number of classes than the folder's: `fit` says that the classifier is new, `validate` refuses it."""
+    given = json.loads(json.dumps(TINY_VISION))
+    given["data"]["init_args"] |= {"source": "digits"}
+    given["trainer"] |= {"max_steps": 1, "limit_val_batches": 1, "val_check_interval": 1}
+    given["model"]["init_args"]["optim"] |= {"warmup_steps": 0}
+    sizes = given["model"]["init_args"]["config"] | {"image_size": given["data"]["init_args"]["image_size"]}
+    save_pretrained(TokenFormerViT(ViTConfig(**sizes | {"num_classes": 3})), tmp_path / "model")
+    given["model"]["init_args"]["init_from"] = str(tmp_path / "model")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(given))
+    for command in ("validate", "test"):
+        with pytest.raises(ValueError, match="has other classes than the 10 of data.source.* random one: train it"):
+            main([command, "--config", str(config), "--run_dir", str(tmp_path / command)])
+    with caplog.at_level("INFO"):
+        run = fit(config, tmp_path / "run")
+    assert "the classifier is new" in caplog.text
+    last = f"--ckpt_path={run / 'checkpoints/step-00000001.ckpt'}"
+    main(["validate", "--config", str(config), last, "--run_dir", str(tmp_path / "trained")])
+    assert rows(tmp_path / "trained", "val/top1")
