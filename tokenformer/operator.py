@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from tokenformer.fused import attend_l2_norm_gelu, joined, row_norm
+from tokenformer.fused import attend_l2_norm_gelu, joined, row_norm, smallest_norm
 
 ScoreNorm = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 
@@ -46,10 +46,13 @@ def pattention(
         score_norm: ``l2_norm_gelu`` (all published models), ``gelu_l2_norm`` or ``softmax``.
 
     Returns:
-        (..., D_out). A row whose scores are all zero gives zeros with the two L2 kinds, and zero gradients.
+        (..., D_out). With the two L2 kinds a row whose scores are all zero, or so small that their squares leave the
+        range of float32 (of float64 for float64: a norm below 1e-19, 1e-154), gives zeros and zero gradients; one
+        whose squares are too large for it gives NaN.
 
     Raises:
-        ValueError: for an unknown ``score_norm``.
+        ValueError: for an unknown ``score_norm``; for ``l2_norm_gelu`` under forward mode or transforms of
+            ``torch.func`` that differentiate, and for its second derivatives.
     """
     if score_norm not in WEIGHT_SECOND_MOMENT:
         raise ValueError(f"score_norm={score_norm!r}: choose one of {', '.join(WEIGHT_SECOND_MOMENT)}")
@@ -107,8 +110,10 @@ def _as_given(
     else:
         weights = F.gelu(scores)
         norm = row_norm(weights)
+        seen = norm >= smallest_norm(norm.dtype)
         scale = scale.to(norm.dtype) if isinstance(scale, Tensor) else scale
-        factor = torch.where(norm > 0, scale / torch.where(norm > 0, norm, 1), 0)  # without a NaN in its gradient
+        factor = torch.where(seen, scale / torch.where(seen, norm, 1), 0)  # without a NaN in its gradient
+        factor = factor + 0 * norm  # NaN where the norm is infinite
         weights = weights * factor
     tokens = joined(values)
     return weights.to(tokens.dtype) @ tokens
