@@ -1,7 +1,8 @@
-"""What lies at a path, for whoever was given the wrong thing: no weights are opened, names and neighbours tell."""
+"""What lies at a path, for whoever was given the wrong thing: names and neighbours tell. Which file may be unpacked."""
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -56,6 +57,20 @@ def newest_first(checkpoints: Iterable[Path], step_of: Callable[[Path], int] = s
     age = {path: path.stat().st_mtime_ns for path in checkpoints}
     last = {run: max(age[path] for path in age if path.parent == run) for run in {path.parent for path in age}}
     return sorted(age, key=lambda path: (last[path.parent], str(path.parent), step_of(path), age[path]), reverse=True)
+
+
+def unpacks_to_more(path: Path) -> str | None:
+    """Why an archive is not to be unpacked: it is larger inside than outside, unlike those of torch. None if it may be.
+
+    Raises:
+        OSError, BadZipFile: for what is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    if packed := [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]:
+        return f"its part {packed[0]} is compressed, which torch never does: it may be of any size"
+    size, held = sum(part.file_size for part in parts), path.stat().st_size
+    return f"its parts, {size:,} bytes, are larger than the file, {held:,} bytes" if size > held else None
 
 
 def is_exported(path: Path) -> bool:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+TINY_TAU = 1e-20  # is added to tau: no bit of any usual one, and gradients that are divided by it have their limit at 0
 HAS_TRITON = find_spec("triton") is not None  # what is not needed is not imported
 
 
@@ -38,6 +40,9 @@ def attend_l2_norm_gelu(
 
     Returns:
         (..., D_out).
+
+    Raises:
+        ValueError: for torch.func, forward mode and second derivatives.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return _plain(x, joined(keys), joined(values), tau)
@@ -45,7 +50,10 @@ def attend_l2_norm_gelu(
     if torch.compiler.is_compiling() and not _as_op(group):  # writing to columns of a buffer would break its graph
         keys, values = [joined(keys)], [joined(values)]
     tensors = (x_TD, tau, *keys, *values)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not torch.compiler.is_compiling():
+        _check_transforms(needs_grad)
+    if needs_grad:
         out_TD = _L2NormGELU.apply(group, recompute, *tensors)
     else:
         out_TD = _forward_or_op(group, x_TD, tau, keys, values)[0]
@@ -60,9 +68,17 @@ def _plain(x: Tensor, keys: Tensor, values: Tensor, tau: Tensor) -> Tensor:
 
 
 def norm_factor(norm: Tensor, tau: Tensor | float) -> Tensor:
-    """Tau / norm, (..., 1); 0 where the norm is, and there without a NaN in its gradient."""
+    """Tau / norm, (..., 1); 0 where the norm is too small to be one, without a NaN in its gradient; NaN if infinite."""
     tau = tau.to(norm.dtype) if isinstance(tau, Tensor) else tau
-    return torch.where(norm > 0, tau / torch.where(norm > 0, norm, 1), 0)
+    seen = norm >= smallest_norm(norm.dtype)
+    return torch.where(seen, tau / torch.where(seen, norm, 1), 0) + 0 * norm
+
+
+def _check_transforms(needs_grad: bool) -> None:
+    if forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active()):
+        raise ValueError(
+            "l2_norm_gelu has no torch.func.grad, vjp, jvp and the like, and no forward mode: use torch.autograd.grad"
+        )
 
 
 def joined(segments: list[Tensor]) -> Tensor:
@@ -80,6 +96,11 @@ def row_norm(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
         distributed.all_reduce(norm.square_(), group=group)
         norm.sqrt_()
     return norm
+
+
+def smallest_norm(dtype: torch.dtype) -> float:
+    """Of rows that are not taken for zeros: below it, squares lose their digits."""
+    return float(torch.finfo(dtype).tiny ** 0.5)
 
 
 def uses_kernels(x: Tensor, group: ProcessGroup | None = None) -> bool:
@@ -121,10 +142,12 @@ def _forward(
         weights = norm_gelu(kept, tau, factor)
     else:
         norm = row_norm(kept, group)
-        wide_factor = (tau.to(norm.dtype) / norm).masked_fill_(norm == 0, 0)
+        wide_factor = ((tau.to(norm.dtype) + TINY_TAU) / norm).masked_fill_(norm < smallest_norm(norm.dtype), 0)
+        wide_factor += 0 * norm  # NaN where the norm is infinite, not zeros in silence
         # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU. The clamp keeps
         # the factor of a tiny row finite in float16.
-        factor.copy_(wide_factor.clamp_max_(torch.finfo(kept.dtype).max))
+        largest = torch.finfo(kept.dtype).max
+        factor.copy_(wide_factor.clamp(-largest, largest))
         weights = F.gelu(kept.mul_(factor))
     return _sum_of_products(weights, values), kept, factor
 
@@ -180,7 +203,8 @@ def _norm_gelu_backward(grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGrou
     r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2).to(wide)
     if group is not None:
         distributed.all_reduce(r, group=group)
-    grad.addcmul_(z, (r * (-num_tokens / tau.to(r.dtype) ** 2)).to(z.dtype))
+    tau = tau.to(r.dtype) + TINY_TAU
+    grad.addcmul_(z, (r / tau * (-num_tokens / tau)).to(z.dtype))
     return r
 
 
@@ -224,7 +248,7 @@ def _backward(
     grad_x = grad_tau = None
     grad_keys: list[Tensor | None] = [None] * len(keys)
     if needs_tau:
-        grad_tau = (r.sum() * kept.shape[1] / tau.to(r.dtype)).to(tau.dtype).view_as(tau)
+        grad_tau = (r.sum() * kept.shape[1] / (tau.to(r.dtype) + TINY_TAU)).to(tau.dtype).view_as(tau)
     if needs_x:
         grad_x = _sum_of_products(grad, keys)
         grad_x = grad_x if outside is None else grad_x.mul_(outside)
@@ -287,8 +311,10 @@ class _L2NormGELU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # once_differentiable would see it only where `grad_out` has a graph too, and else return constants.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise ValueError("create_graph=True: l2_norm_gelu has no second derivatives; gelu_l2_norm and softmax have")
         x, tau, factor, kept, *keys_and_values = ctx.saved_tensors
         half = len(keys_and_values) // 2
         keys, values, needed = keys_and_values[:half], keys_and_values[half:], list(ctx.needs_input_grad[2:])

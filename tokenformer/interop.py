@@ -62,12 +62,35 @@ def from_pretrained(folder: str | Path) -> TokenFormerLM | TokenFormerViT:
     folder = Path(folder)
     config = read_config(folder)
     tensors = _read_weights(folder)
+    check_size(config, tensors, folder)
     (model_class,) = (made for made_from, made, _ in KINDS.values() if made_from is type(config))
     model = model_class(config).to(precision(tensors))
     load_checked(model, tensors, folder)
     if isinstance(model, TokenFormerViT):
         model.pretrained_cfg = read_json(folder).get("pretrained_cfg", {})
     return model.eval()
+
+
+def check_size(config: LMConfig | ViTConfig, tensors: Mapping[str, Tensor], source: object, width: int = 1) -> None:
+    """Refuse a config whose model would be larger than the weights beside it, before it is built.
+
+    Args:
+        config: of the model, `width` times as wide as it says.
+        tensors: the weights, of the model as it is now or larger.
+        source: where both come from, for the error.
+        width: at least 1.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    held = sum(tensor.numel() for tensor in tensors.values())
+    size = width * config.num_params()
+    positions = config.num_tokens() * config.dim if isinstance(config, ViTConfig) else 0  # made, not read, if fixed
+    if size > held or positions > max(held, 2**26):
+        raise ValueError(
+            f"{source}: its config is of a model of {size:,} parameters, its weights have {held:,}: they do not belong "
+            "together"
+        )
 
 
 def _read_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -96,7 +119,10 @@ def read_config(folder: str | Path) -> LMConfig | ViTConfig:
             f"`tokenformer import {folder} --out DIR` makes such a folder"
         )
     config_class = KINDS[given["model_type"]][0]
-    return config_class(**{f.name: given[f.name] for f in fields(config_class) if f.name in given})
+    try:
+        return config_class(**{f.name: given[f.name] for f in fields(config_class) if f.name in given})
+    except TypeError as error:  # of a value of another type
+        raise ValueError(f"{folder / CONFIG}: corrupted: {error}") from error
 
 
 def read_json(folder: Path) -> dict[str, Any]:
@@ -108,9 +134,12 @@ def read_json(folder: Path) -> dict[str, Any]:
     if not is_exported(folder):
         raise wrong_kind(folder, f"wanted is a folder with {CONFIG} and {WEIGHTS}")
     try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+        given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG}: corrupted: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{folder / CONFIG}: corrupted: it is no dictionary")
+    return given
 
 
 def config_dict(model: TokenFormerLM | TokenFormerViT) -> dict[str, Any]:

@@ -19,6 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenformer.fused import TINY_TAU, smallest_norm
+
+TINY, SMALLEST_NORM = tl.constexpr(TINY_TAU), tl.constexpr(smallest_norm(torch.float32))
 CROSS_ENTROPY_TILE = 2048  # eight logits a thread
 
 
@@ -102,8 +105,10 @@ def _norm_gelu(scores, tau, weights, factor, N, stride, LARGEST, TILE: tl.conste
         squares += tl.where(columns < N, a * a, 0)  # behind N is anything
     norm = tl.sqrt(tl.sum(squares))
     # The clamp keeps the factor of a tiny row finite in float16.
-    by = tl.minimum(tl.load(tau).to(tl.float32) / tl.where(norm > 0, norm, 1), LARGEST)
-    by = tl.where(norm > 0, by, 0).to(factor.dtype.element_ty)
+    seen = norm >= SMALLEST_NORM
+    by = (tl.load(tau).to(tl.float32) + TINY) / tl.where(seen, norm, 1)
+    by = tl.where(seen, tl.maximum(tl.minimum(by, LARGEST), -LARGEST), 0)
+    by = tl.where(norm < float("inf"), by, float("nan")).to(factor.dtype.element_ty)
     tl.store(factor + row, by)
     for start in range(0, N, TILE):
         columns = start + tl.arange(0, TILE)
@@ -133,8 +138,8 @@ def _norm_gelu_backward(grad, scores, tau, factor, weights, r, N, stride, OUTSID
         tl.store(weights + columns, z * cdf, mask=inside)
     dot = tl.sum(dots)
     tl.store(r + row, dot / N)
-    scale = tl.load(tau).to(tl.float32)
-    along = by * dot / (scale * scale)
+    scale = tl.load(tau).to(tl.float32) + TINY
+    along = (by / scale) * (dot / scale)
     last = 1.0 if OUTSIDE else by
     tl.debug_barrier()  # what one thread has written another may read
     for start in range(0, N, TILE):

@@ -46,10 +46,13 @@ def pattention(
         score_norm: ``l2_norm_gelu`` (all published models), ``gelu_l2_norm`` or ``softmax``.
 
     Returns:
-        (..., D_out). A row whose scores are all zero gives zeros with the two L2 kinds, and zero gradients.
+        (..., D_out). With the two L2 kinds a row whose scores are all zero, or so small that their squares leave the
+        range of float32 (of float64 for float64: a norm below 1e-19, 1e-154), gives zeros and zero gradients; one
+        whose squares are too large for it gives NaN.
 
     Raises:
-        ValueError: for an unknown ``score_norm``.
+        ValueError: for an unknown ``score_norm``; for ``l2_norm_gelu`` under forward mode or transforms of
+            ``torch.func`` that differentiate, and for its second derivatives.
     """
     if score_norm not in WEIGHT_SECOND_MOMENT:
         raise ValueError(f"score_norm={score_norm!r}: choose one of {', '.join(WEIGHT_SECOND_MOMENT)}")

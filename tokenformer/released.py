@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenformer.config import LMConfig
-from tokenformer.files import RELEASED_WEIGHTS, shards, wrong_kind
+from tokenformer.files import RELEASED_WEIGHTS, shards, unpacks_to_more, wrong_kind
 from tokenformer.language import TokenFormerLM
 
 # Width -> heads of the released Pile models (150M, 450M, 900M, 1.5B); a state dict does not tell the number of heads.
@@ -67,6 +67,8 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        if zipfile.is_zipfile(file) and (problem := unpacks_to_more(file)):
+            raise ValueError(problem)
         tensors = torch.load(file, "cpu", weights_only=True)
     except UnpicklingError as error:
         if zipfile.is_zipfile(file):

@@ -54,6 +54,7 @@ def _sharded_tensors(path: Path) -> dict[str, Any]:
     reader = ShardReader(path)
     entries = reader.read_metadata().state_dict_metadata
     start = "state_dict."
+    _check_sizes(path, entries)
     state = {
         name.removeprefix(start): torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
@@ -63,6 +64,14 @@ def _sharded_tensors(path: Path) -> dict[str, Any]:
     current = {name.removeprefix(CURRENT): t for name, t in state.items() if name.startswith(CURRENT)}
     weights = {name: t for name, t in state.items() if not name.startswith(CURRENT)}
     return {"state_dict": weights} | ({"current_model_state": current} if current else {})
+
+
+def _check_sizes(folder: Path, entries: dict[str, Any]) -> None:
+    tensors = [entry for entry in entries.values() if isinstance(entry, TensorStorageMetadata)]
+    size = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
+    held = sum(file.stat().st_size for file in folder.iterdir())
+    if size > held:
+        raise ValueError(f"{folder}: its index is of tensors of {size:,} bytes, its files have {held:,}: corrupted")
 
 
 def run_dir_of(path: Path) -> Path | None:

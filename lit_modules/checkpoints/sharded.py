@@ -15,12 +15,17 @@ class ShardReader(FileSystemReader):
     """FileSystemReader that reads its index, a pickle, without running code; the tensors' files it reads so anyway.
 
     Raises:
-        ValueError: for an index that names what is no part of one.
+        ValueError: for an index that names what is no part of one, or files elsewhere.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: D102
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata: Metadata = _Unpickler(file).load()
+        for part in (metadata.storage_data or {}).values():
+            if Path(part.relative_path).name != part.relative_path:
+                raise ValueError(
+                    f".metadata names the file {part.relative_path}, which is not in the checkpoint's folder"
+                )
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from tokenformer.files import SHARDED, newest_first, step_in_name
+from tokenformer.files import SHARDED, newest_first, step_in_name, unpacks_to_more
 
 MANIFEST = "manifest.json"
 
@@ -44,6 +46,8 @@ def find_corruption(path: Path) -> str | None:
     if path.is_dir():
         return _corrupted_shard(path) or _unsafe_content(path / SHARDED)
     try:
+        if problem := unpacks_to_more(path):
+            return problem
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except (zipfile.BadZipFile, OSError) as error:
@@ -68,12 +72,19 @@ def _corrupted_shard(folder: Path) -> str | None:
 def _unsafe_content(path: Path) -> str | None:
     """Whether more than tensors and plain values would be loaded. Nothing of it is run."""
     try:
-        torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        if problem := unpacks_to_more(path):
+            return problem
+        content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|[Uu]nsupported (?:class|operand|global).*?) ([\w.]+)", str(error))
         return f"it holds code ({found[1] if found else 'not named'}), which is never run"
-    except RuntimeError:
+    except (RuntimeError, zipfile.BadZipFile):
         return "it is another kind of zip file"
+    tensors = [leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor)]
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    too_large = any(tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes() for tensor in tensors)
+    if too_large or sum(storages.values()) > path.stat().st_size:
+        return "its tensors are larger than what it holds of them"
     return None
 
 

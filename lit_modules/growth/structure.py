@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenformer.growth import anneal_taus, pattention_layers
+from tokenformer.interop import check_size
 
 
 def match_structure(module: Any, saved: Mapping[str, Any], growths: list[dict[str, Any]]) -> None:
@@ -16,8 +17,10 @@ def match_structure(module: Any, saved: Mapping[str, Any], growths: list[dict[st
         growths: the saved history.
     """
     module.growths = growths
-    dim = math.prod(record["width"] for record in growths) * module.config.dim
+    width = math.prod(record["width"] for record in growths)
+    dim = width * module.config.dim
     if getattr(getattr(module.model, "config", None), "dim", dim) != dim:  # its contents come with the checkpoint
+        check_size(module.config, saved, "the checkpoint's history of growths", width)
         wider = module.build_model(dim // module.config.dim)
         module.set_model(wider.to(next(module.model.parameters())))
     prefix = "model."

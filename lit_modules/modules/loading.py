@@ -9,6 +9,7 @@ from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
 from tokenformer import TokenFormerLM, TokenFormerViT, from_pretrained
 from tokenformer.files import is_exported
+from tokenformer.interop import check_size
 
 Weights = Literal["average", "raw"]
 
@@ -46,6 +47,7 @@ def module_from_checkpoint(checkpoint: dict[str, Any], key: str = "state_dict") 
         module: Any = VisionModule(hyper["config"], hyper["optim"])
     else:
         module = LanguageModule(hyper["config"], hyper["optim"])
+    check_size(module.config, checkpoint[key], "the checkpoint")
     module.configure_model()
     match_structure(module, checkpoint[key], checkpoint.get("growths", []))
     dtype = next(tensor.dtype for name, tensor in checkpoint[key].items() if name.startswith("model."))

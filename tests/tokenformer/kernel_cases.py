@@ -125,6 +125,28 @@ def test_a_factor_beyond_float16_is_cut_to_its_range(monkeypatch):
     assert (out[1] == 0).all()
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-25, -1.5])
+def test_a_tau_near_zero_or_below(monkeypatch, size):
+    tensors = inputs(torch.float32, (30, 513))
+    tensors[-1] = torch.full_like(tensors[-1], size).requires_grad_()
+    use_kernels(monkeypatch, on=False)
+    right = results([t.detach().double().requires_grad_() for t in tensors])
+    use_kernels(monkeypatch)
+    for mine, torchs in zip(results(tensors), right, strict=True):
+        assert (mine.double() - torchs).norm() <= 1e-5 * torchs.norm() + 1e-18
+
+
+def test_squares_beyond_float32(monkeypatch):
+    use_kernels(monkeypatch)
+    x, keys, values, tau = (t.detach() for t in inputs(torch.float32, (576,)))
+    x[0] *= 1e20
+    x[2] *= 1e-24
+    out = results([x.requires_grad_(), keys.requires_grad_(), values.requires_grad_(), tau.requires_grad_()])[0]
+    assert out[0].isnan().all()
+    assert (out[1:3] == 0).all()
+    assert out[3:].isfinite().all()
+
+
 def test_r_beyond_float16(monkeypatch):
     """With values near 1 and a gradient of 8, r is about 128 * 0.5 * N."""
     tensors = inputs(torch.float16, (2000,))
