@@ -134,12 +134,11 @@ class StopAt(Callback):
 
 
 class KeepWeights(Callback):
-    """Keeps the sum of the weights at the end of a training, of the first such run and of the last."""
+    """Keeps the sum of the weights at the end of a training."""
 
-    first: ClassVar[float | None] = None
-    last: ClassVar[float | None] = None
+    total: ClassVar[float | None] = None
     step: ClassVar[int] = 0
 
     def on_train_end(self, trainer, pl_module) -> None:
-        KeepWeights.last = sum(p.double().abs().sum().item() for p in pl_module.parameters())
+        KeepWeights.total = sum(p.double().abs().sum().item() for p in pl_module.parameters())
         KeepWeights.step = trainer.global_step
