@@ -40,7 +40,7 @@ def opened(path: Path, encoding: str = "utf-8", remedy: str = REMEDY) -> Iterato
     except UnicodeError as error:
         raise ValueError(f"{path}{_line(path, name)}: is no {name.upper()} text: {remedy}") from error
     except OSError as error:
-        raise ValueError(f"{path}: can't be read, or is damaged: {error}") from error
+        raise ValueError(f"{path}: can't be read, or is corrupted: {error}") from error
 
 
 def _binary(path: Path) -> Any:

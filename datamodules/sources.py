@@ -90,7 +90,7 @@ class FileSource:
             for row, text in enumerate((text for batch in batches for text in batch.column(0).to_pylist()), 1):
                 yield text if isinstance(text, str) else text_of(columns | {field: text}, field, f"{path}, row {row}")
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: no parquet file, or damaged: {error}") from error
+            raise ValueError(f"{path}: no parquet file, or corrupted: {error}") from error
 
     def fingerprint(self) -> str:
         """Changes when a file's name or contents do; of a corpus that takes long to read, its name, size or time."""

@@ -84,7 +84,7 @@ def config_of(path: Path) -> dict[str, Any]:
     """The config of the run that wrote a checkpoint; empty where it is not beside it.
 
     Raises:
-        ValueError: for one that is damaged.
+        ValueError: for one that is corrupted.
     """
     run = run_dir_of(path)
     if run is None:
@@ -92,4 +92,4 @@ def config_of(path: Path) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ValueError(f"{run / 'config.yaml'}: damaged, it is no YAML of a run: restore it") from error
+        raise ValueError(f"{run / 'config.yaml'}: corrupted, it is no YAML of a run: restore it") from error

@@ -68,9 +68,9 @@ def test_what_a_class_says_of_its_arguments_comes_without_the_parser_s_frame(cor
     assert said("fit", "--config", config, "--data.batch_size=0") == "error: data.batch_size=0: must be at least 1"
 
 
-def test_a_damaged_config_of_a_run_is_named(tmp_path):
+def test_a_corrupted_config_of_a_run_is_named(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    for damaged in (b"model: [", b"\xff", b"", b"text"):
-        (tmp_path / "config.yaml").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"config\.yaml: damaged, it is no YAML of a run: restore it"):
+    for corrupted in (b"model: [", b"\xff", b"", b"text"):
+        (tmp_path / "config.yaml").write_bytes(corrupted)
+        with pytest.raises(ValueError, match=r"config\.yaml: corrupted, it is no YAML of a run: restore it"):
             tokenizer_of(tmp_path / "checkpoints/step-00000001.ckpt")
