@@ -40,29 +40,21 @@ def attend_l2_norm_gelu(
 
     Returns:
         (..., D_out).
-
-    Raises:
-        ValueError: for torch.func, forward mode and second derivatives.
     """
     x_TD = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling() and not _as_op(group):  # writing to columns of a buffer would break its graph
         keys, values = [joined(keys)], [joined(values)]
     tensors = (x_TD, tau, *keys, *values)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not torch.compiler.is_compiling():
-        _check_transforms(needs_grad)
+    if not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active())
+    ):
+        raise ValueError("l2_norm_gelu has no derivatives in torch.func and in forward mode: use torch.autograd.grad")
     if needs_grad:
         out_TD = _L2NormGELU.apply(group, recompute, *tensors)
     else:
         out_TD = _forward_or_op(group, x_TD, tau, keys, values)[0]
     return out_TD.view(*x.shape[:-1], out_TD.shape[-1])
-
-
-def _check_transforms(needs_grad: bool) -> None:
-    if forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active()):
-        raise ValueError(
-            "l2_norm_gelu has no torch.func.grad, vjp, jvp and the like, and no forward mode: use torch.autograd.grad"
-        )
 
 
 def joined(segments: list[Tensor]) -> Tensor:
