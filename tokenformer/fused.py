@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-TINY_TAU = 1e-20  # is added to tau: no bit of any usual one, and gradients that are divided by it have their limit at 0
+TINY_TAU = 1e-16  # is added to tau: no bit of any usual one, and gradients that are divided by it have their limit at 0
 HAS_TRITON = find_spec("triton") is not None  # what is not needed is not imported
 
 
@@ -179,8 +179,7 @@ def _norm_gelu_backward(grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGrou
     r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2).to(wide)
     if group is not None:
         distributed.all_reduce(r, group=group)
-    tau = tau.to(r.dtype) + TINY_TAU
-    grad.addcmul_(z, (r / tau * (-num_tokens / tau)).to(z.dtype))
+    grad.addcmul_(z, (r * (-num_tokens / (tau.to(r.dtype) + TINY_TAU) ** 2)).to(z.dtype))
     return r
 
 
