@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-TINY_TAU = 1e-20  # is added to tau: no bit of any usual one, and gradients that are divided by it have their limit at 0
+TINY_TAU = 1e-16  # is added to tau: no bit of any usual one, and gradients that are divided by it have their limit at 0
 HAS_TRITON = find_spec("triton") is not None  # what is not needed is not imported
 
 
@@ -40,9 +40,6 @@ def attend_l2_norm_gelu(
 
     Returns:
         (..., D_out).
-
-    Raises:
-        ValueError: for torch.func, forward mode and second derivatives.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return _plain(x, joined(keys), joined(values), tau)
@@ -51,8 +48,10 @@ def attend_l2_norm_gelu(
         keys, values = [joined(keys)], [joined(values)]
     tensors = (x_TD, tau, *keys, *values)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not torch.compiler.is_compiling():
-        _check_transforms(needs_grad)
+    if not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active())
+    ):
+        raise ValueError("l2_norm_gelu has no derivatives in torch.func and in forward mode: use torch.autograd.grad")
     if needs_grad:
         out_TD = _L2NormGELU.apply(group, recompute, *tensors)
     else:
@@ -72,13 +71,6 @@ def norm_factor(norm: Tensor, tau: Tensor | float) -> Tensor:
     tau = tau.to(norm.dtype) if isinstance(tau, Tensor) else tau
     seen = norm >= smallest_norm(norm.dtype)
     return torch.where(seen, tau / torch.where(seen, norm, 1), 0) + 0 * norm
-
-
-def _check_transforms(needs_grad: bool) -> None:
-    if forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active()):
-        raise ValueError(
-            "l2_norm_gelu has no torch.func.grad, vjp, jvp and the like, and no forward mode: use torch.autograd.grad"
-        )
 
 
 def joined(segments: list[Tensor]) -> Tensor:
@@ -203,8 +195,7 @@ def _norm_gelu_backward(grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGrou
     r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2).to(wide)
     if group is not None:
         distributed.all_reduce(r, group=group)
-    tau = tau.to(r.dtype) + TINY_TAU
-    grad.addcmul_(z, (r / tau * (-num_tokens / tau)).to(z.dtype))
+    grad.addcmul_(z, (r * (-num_tokens / (tau.to(r.dtype) + TINY_TAU) ** 2)).to(z.dtype))
     return r
 
 

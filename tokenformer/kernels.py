@@ -139,7 +139,7 @@ def _norm_gelu_backward(grad, scores, tau, factor, weights, r, N, stride, OUTSID
     dot = tl.sum(dots)
     tl.store(r + row, dot / N)
     scale = tl.load(tau).to(tl.float32) + TINY
-    along = (by / scale) * (dot / scale)
+    along = by * dot / (scale * scale)
     last = 1.0 if OUTSIDE else by
     tl.debug_barrier()  # what one thread has written another may read
     for start in range(0, N, TILE):

@@ -23,9 +23,7 @@ class ShardReader(FileSystemReader):
             metadata: Metadata = _Unpickler(file).load()
         for part in (metadata.storage_data or {}).values():
             if Path(part.relative_path).name != part.relative_path:
-                raise ValueError(
-                    f".metadata names the file {part.relative_path}, which is not in the checkpoint's folder"
-                )
+                raise ValueError(f".metadata names the file {part.relative_path}, which is not in its folder")
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata

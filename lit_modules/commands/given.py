@@ -66,7 +66,8 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """After Lightning's has been written."""
-        path, model = Path(trainer.log_dir or "", self.config_filename), self.config.model
+        # Not `trainer.log_dir`: it asks all processes, and only the first one is here.
+        path, model = Path(trainer.default_root_dir, self.config_filename), self.config.model
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         sizes = {name: model.init_args.get("config", {}).get(name) for name in SIZES if not hasattr(data, name)}
         sizes = {name: size for name, size in sizes.items() if size is not None}

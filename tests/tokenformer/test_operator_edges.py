@@ -23,7 +23,7 @@ def test_a_tau_near_zero_gives_what_the_formula_gives(tau, dtype):
     right = with_gradients(transcription, inputs, tau)
     accuracy = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for mine, formulas in zip(with_gradients(pattention, inputs, tau, dtype), right, strict=True):
-        assert (mine - formulas).norm() <= accuracy * formulas.norm() + 1e-18
+        assert (mine - formulas).norm() <= accuracy * formulas.norm() + 1e-14
 
 
 @pytest.mark.parametrize("kind", L2_KINDS)
@@ -64,7 +64,9 @@ def test_second_derivatives_are_refused_or_right(constant):
 
 def test_transforms_that_differentiate_are_refused_in_a_sentence():
     x, keys, values = (t.detach() for t in random_inputs())
-    refused = pytest.raises(ValueError, match=r"no torch.func.grad.* no forward mode: use torch.autograd.grad")
+    refused = pytest.raises(
+        ValueError, match=r"no derivatives in torch.func and in forward mode: use torch.autograd.grad"
+    )
     with refused:
         torch.func.grad(lambda x: pattention(x, keys, values).sum())(x)
     with refused:

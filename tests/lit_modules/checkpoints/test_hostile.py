@@ -138,7 +138,7 @@ def test_an_index_reads_no_file_outside_its_folder(tmp_path, elsewhere):
     for part in metadata.storage_data.values():
         part.relative_path = elsewhere
     index.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match=f"names the file {elsewhere}, which is not in the checkpoint's folder"):
+    with pytest.raises(ValueError, match=f"names the file {elsewhere}, which is not in its folder"):
         ShardReader(tmp_path / "a.ckpt").read_metadata()
 
 
