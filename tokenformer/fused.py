@@ -3,6 +3,8 @@
     scores = x @ keys.T,  weights = gelu(tau * A / |A|),  out = weights @ values      (see operator.py)
 
 Shapes: T input tokens, D channels (D_in, D_out), N parameter tokens. Every matrix here has rows = tokens.
+
+One file: forward and backward share every buffer, and the op that torch.compile sees is both.
 """
 
 from collections.abc import Sequence
