@@ -139,8 +139,9 @@ def num_devices(devices: list[int] | str | int, num_nodes: int) -> int:
 
 def plan_rows(model: LanguageModule, datamodule: Any, trainer: Any, devices: int) -> list[Row]:
     """A row for the model as configured and for each growth; after a growth, one for the last size from scratch."""
-    if trainer.max_steps < 0:
-        raise ValueError("trainer.max_steps=-1: plan needs the number of steps; those of epochs depend on the data")
+    if trainer.max_steps < 1:
+        given = f"trainer.max_steps={trainer.max_steps}"
+        raise ValueError(f"{given}: plan needs the number of steps; those of epochs depend on the data")
     growth = _growth(trainer)
     stages = growth.stages if growth else []
     per_step = datamodule.batch_size * datamodule.seq_len * devices * trainer.accumulate_grad_batches
@@ -189,8 +190,6 @@ def _sizes(model: LanguageModule, growth: GrowParameterTokens | None) -> Iterato
 
 def _starts(stages: Sequence[Stage], per_step: int, max_steps: int) -> list[int | None]:
     """The step at which each size begins, the first at 0; None where a plateau decides."""
-    if max_steps < 1:
-        raise ValueError(f"trainer.max_steps={max_steps}: a plan needs the number of optimizer steps")
     starts: list[int | None] = [0]
     for i, stage in enumerate(stages, 1):
         step = stage.at_step if stage.at_tokens is None else math.ceil(stage.at_tokens / per_step)

@@ -11,9 +11,11 @@ def num_steps(trainer: Any) -> int:
 
     `trainer.max_steps`, else what `trainer.max_epochs` come to.
     """
-    batches, epochs = trainer.num_training_batches, trainer.max_epochs
-    if trainer.max_steps >= 0 or epochs < 0 or math.isinf(batches):
+    if trainer.max_steps >= 0:
         return int(trainer.max_steps)
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if epochs < 0 or math.isinf(batches):
+        return -1
     return int(epochs * math.ceil(batches / trainer.accumulate_grad_batches))
 
 

@@ -324,7 +324,7 @@ def test_tokens_are_counted_from_where_a_resumed_run_is(corpus, tmp_path):
     rates = [rate for _, rate in rows(tmp_path / "half", "train/lr")]
     factor = lr_factor(OptimConfig(warmup_steps=1), 6)
     assert rates == pytest.approx([1e-3 * factor(step) for step in range(2, 6)] + [0.5e-3, 1e-3])
-    with pytest.raises(ValueError, match=r"comes at step 19: trainer.max_steps=14"):
+    with pytest.raises(ValueError, match="comes at step 19, the run has 14 steps"):
         main(fit(config, tmp_path / "late", "--data.batch_size=1", resume=checkpoint_of(tmp_path / "run", 7)))
 
 

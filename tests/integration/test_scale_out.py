@@ -107,9 +107,9 @@ def test_counts_that_cant_be_divided_are_refused_before_training(corpus, tmp_pat
     trainer = SimpleNamespace(
         strategy=FSDP2(tensor_parallel_size=2), fast_dev_run=False, precision="32-true", max_steps=9
     )
-    GrowParameterTokens([{"at_step": 6, "qkv": 18}]).setup(trainer, module, "fit")
+    GrowParameterTokens([{"at_step": 6, "qkv": 18}]).check_settings(trainer, module)
     with pytest.raises(ValueError, match=r"gets by a growth\) 3 parameter tokens at once: no multiple"):
-        GrowParameterTokens([{"at_step": 6, "qkv": 19}]).setup(trainer, module, "fit")
+        GrowParameterTokens([{"at_step": 6, "qkv": 19}]).check_settings(trainer, module)
     softmax = TokenFormerLM(LMConfig(**sizes, proj_tokens=16, score_norm="softmax"))
     with pytest.raises(ValueError, match="needs model.config.score_norm=l2_norm_gelu, not softmax"):
         check_divisible(softmax, 2)

@@ -165,7 +165,7 @@ BAD = [
     ({"devices": 0}, {}, "devices=0: must be at least 1"),
     ({"network": 0.0}, {}, r"network=0\.0: must be above 0 GB/s"),
     ({"device": "H1000"}, {}, "device='H1000'.*choose one of B200, H200"),
-    ({}, {"max_steps": -1}, r"trainer\.max_steps=-1: a plan needs"),
+    ({}, {"max_steps": -1}, r"trainer\.max_steps=-1: plan needs the number of steps"),
     ({}, {"precision": "fp8"}, r"trainer\.precision='fp8'"),
     ({}, {"stages": [Stage(at_step=100, factor=2.0)]}, r"stage 1 .*step 100: .*before trainer\.max_steps=100"),
     ({}, {"stages": [Stage(at_step=9, ffn=80), Stage(at_step=9, ffn=96)]}, "stage 2 .*step 9: must be after step 9"),
