@@ -176,7 +176,7 @@ class ExperimentCLI(LightningCLI):
             os.environ |= {RUN_DIR: str(run_dir), CKPT_PATH: str(checkpoint or ""), FIRST_PROCESS: str(os.getpid())}
         self._run_dir = os.environ[RUN_DIR]
         config.ckpt_path = os.environ[CKPT_PATH] or None
-        data = config.data.get("init_args") or {}  # none of a class of the user's own
+        data: Any = config.data.get("init_args") or {}  # none of a class of the user's own
         if self.config.subcommand == "predict" and config.ckpt_path and data.get("predict_source"):
             data.class_names = read_header(Path(config.ckpt_path)).get("class_names")  # the source may be elsewhere
 

@@ -103,7 +103,7 @@ def test_counts_that_cant_be_divided_are_refused_before_training(corpus, tmp_pat
     with pytest.raises(ValueError, match="tensor_parallel_size=2: 1 devices can't be divided"):
         main(fit(config, tmp_path / "run", *share))
     sizes = {"vocab_size": 64, "depth": 1, "dim": 16, "num_heads": 2, "qkv_tokens": 16, "ffn_tokens": 16}
-    module = LanguageModule(LMConfig(**sizes, proj_tokens=16, max_seq_len=8), OptimConfig())
+    module = LanguageModule(LMConfig(**sizes, proj_tokens=16, max_seq_len=8), OptimConfig(warmup_steps=1))
     trainer = SimpleNamespace(
         strategy=FSDP2(tensor_parallel_size=2), fast_dev_run=False, precision="32-true", max_steps=9
     )
