@@ -29,7 +29,7 @@ test: setup
 	$(PYTEST)
 
 test-quick: setup
-	$(PYTEST) --ignore tests/integration --ignore tests/benchmarks
+	$(PYTEST) --ignore tests/integration --ignore tests/benchmarks -k 'not importing and not in_the_interpreter'
 
 lint: setup
 	$(BIN)/ruff check .
