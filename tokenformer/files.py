@@ -1,10 +1,16 @@
-"""What lies at a path, for whoever was given the wrong thing: names and neighbours tell. Which file may be unpacked."""
+"""What lies at a path, told by names and neighbours, for whoever was given the wrong thing; and what may be built of it."""
 
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from tokenformer.config import LMConfig, ViTConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of an exported model's folder
 INDEX = f"{WEIGHTS}.index.json"  # in place of the weights, where transformers has divided them into several files
@@ -71,6 +77,38 @@ def unpacks_to_more(path: Path) -> str | None:
         return f"its part {packed[0]} is compressed, which torch never does: it may be of any size"
     size, held = sum(part.file_size for part in parts), path.stat().st_size
     return f"its parts, {size:,} bytes, are larger than the file, {held:,} bytes" if size > held else None
+
+
+def claims_more(content: Any, path: Path) -> str | None:
+    """What is wrong with a file whose tensors, memory-mapped or on `meta`, are larger than their numbers in it."""
+    tensors = [leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor)]
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    too_large = any(tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes() for tensor in tensors)
+    if too_large or sum(storages.values()) > path.stat().st_size:
+        return "its tensors are larger than what it holds of them"
+    return None
+
+
+def check_size(config: LMConfig | ViTConfig, tensors: Mapping[str, Tensor], source: object, width: int = 1) -> None:
+    """Refuse a config whose model would be far larger than the weights beside it, before it is built.
+
+    Args:
+        config: of the model, `width` times as wide as it says.
+        tensors: the weights, of the model as it is now or larger.
+        source: where both come from, for the error.
+        width: at least 1.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    held = sum(tensor.numel() for tensor in tensors.values())
+    size = width * config.num_params()
+    positions = config.num_tokens() * config.dim if isinstance(config, ViTConfig) else 0  # made, not read, if fixed
+    if max(size, positions) > 2 * held + 2**20:  # what is near, loading names by its tensors
+        raise ValueError(
+            f"{source}: its config is of a model of {size:,} parameters, its weights have {held:,}: they do not belong "
+            "together"
+        )
 
 
 def is_exported(path: Path) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenformer.config import LMConfig, ViTConfig
-from tokenformer.files import CONFIG, INDEX, PROCESSOR, WEIGHTS, is_exported, shards, wrong_kind
+from tokenformer.files import CONFIG, INDEX, PROCESSOR, WEIGHTS, check_size, is_exported, shards, wrong_kind
 from tokenformer.growth import COUNT_OF, pattention_layers
 from tokenformer.language import TokenFormerLM
 from tokenformer.pattention import Pattention
@@ -69,28 +69,6 @@ def from_pretrained(folder: str | Path) -> TokenFormerLM | TokenFormerViT:
     if isinstance(model, TokenFormerViT):
         model.pretrained_cfg = read_json(folder).get("pretrained_cfg", {})
     return model.eval()
-
-
-def check_size(config: LMConfig | ViTConfig, tensors: Mapping[str, Tensor], source: object, width: int = 1) -> None:
-    """Refuse a config whose model would be far larger than the weights beside it, before it is built.
-
-    Args:
-        config: of the model, `width` times as wide as it says.
-        tensors: the weights, of the model as it is now or larger.
-        source: where both come from, for the error.
-        width: at least 1.
-
-    Raises:
-        ValueError: with both sizes.
-    """
-    held = sum(tensor.numel() for tensor in tensors.values())
-    size = width * config.num_params()
-    positions = config.num_tokens() * config.dim if isinstance(config, ViTConfig) else 0  # made, not read, if fixed
-    if max(size, positions) > 2 * held + 2**20:  # what is near, loading names by its tensors
-        raise ValueError(
-            f"{source}: its config is of a model of {size:,} parameters, its weights have {held:,}: they do not belong "
-            "together"
-        )
 
 
 def _read_weights(folder: str | Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenformer.config import LMConfig, ViTConfig
-from tokenformer.files import wrong_kind
+from tokenformer.files import check_size, claims_more, unpacks_to_more, wrong_kind
 from tokenformer.language import TokenFormerLM
 from tokenformer.timm_models import FIELD_OF, INPUT, SIZES
 from tokenformer.vision import TokenFormerViT
@@ -29,13 +29,20 @@ def read_trained(path: Path) -> tuple[TokenFormerLM | TokenFormerViT, dict[str, 
     if not path.is_file() or path.suffix not in (".ckpt", ".tar"):
         raise wrong_kind(path, "wanted is the folder of an exported model, a .ckpt in one file or timm's .pth.tar")
     try:
+        if problem := unpacks_to_more(path):
+            raise ValueError(problem)
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's arguments
             saved: Any = torch.load(path, "cpu", weights_only=True, mmap=True)
+        if problem := claims_more(saved, path):
+            raise ValueError(problem)
     except Exception as error:  # of corrupted files torch.load raises whatever it stumbles over
         raise ValueError(f"{path}: truncated, or no checkpoint: {error}") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
         raise ValueError(f"{path}: holds no state_dict, so neither `tokenformer fit` nor timm has written it")
-    return _of_timm(saved, path) if "arch" in saved else _of_fit(saved, path)
+    try:
+        return _of_timm(saved, path) if "arch" in saved else _of_fit(saved, path)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: corrupted, its tensors or settings are not those of a model: {error!r}") from error
 
 
 def _of_fit(saved: Mapping[str, Any], path: Path) -> tuple[TokenFormerLM | TokenFormerViT, dict[str, Tensor]]:
@@ -44,9 +51,11 @@ def _of_fit(saved: Mapping[str, Any], path: Path) -> tuple[TokenFormerLM | Token
         raise ValueError(f"{path}: holds no TokenFormer; its model is {hyper.get('timm_model') or 'another one'}")
     config, start = dict(hyper["config"]), "model."
     tensors = {n.removeprefix(start): t for n, t in saved["state_dict"].items() if n.startswith(start)}
-    if "patch_size" not in config:
-        return TokenFormerLM(LMConfig(**config)), tensors
-    model = TokenFormerViT(ViTConfig(**config))
+    sizes = ViTConfig(**config) if "patch_size" in config else LMConfig(**config)
+    check_size(sizes, tensors, path)
+    if isinstance(sizes, LMConfig):
+        return TokenFormerLM(sizes), tensors
+    model = TokenFormerViT(sizes)
     names = saved.get("class_names")
     model.pretrained_cfg = saved.get("preprocessing", {}) | ({"label_names": names} if names else {})
     return model, tensors
@@ -80,6 +89,8 @@ def _of_timm(saved: Mapping[str, Any], path: Path) -> tuple[TokenFormerViT, dict
     if f"{block}ffn.tau_gain" in tensors:
         sizes["scale"] = "learned"
     options = {"num_heads": SIZES[saved["arch"]][2]} | {n: v for n, v in options.items() if n in known} | sizes
-    model = TokenFormerViT(ViTConfig(**options))
+    config = ViTConfig(**options)
+    check_size(config, tensors, path)
+    model = TokenFormerViT(config)
     model.pretrained_cfg = {name: given[name] for name in INPUT if given.get(name)}
     return model, tensors

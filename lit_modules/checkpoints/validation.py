@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from tokenformer.files import SHARDED, newest_first, step_in_name, unpacks_to_more
+from tokenformer.files import SHARDED, claims_more, newest_first, step_in_name, unpacks_to_more
 
 MANIFEST = "manifest.json"
 
@@ -80,12 +78,7 @@ def _unsafe_content(path: Path) -> str | None:
         return f"it holds code ({found[1] if found else 'not named'}), which is never run"
     except (RuntimeError, zipfile.BadZipFile):
         return "it is another kind of zip file"
-    tensors = [leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor)]
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    too_large = any(tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes() for tensor in tensors)
-    if too_large or sum(storages.values()) > path.stat().st_size:
-        return "its tensors are larger than what it holds of them"
-    return None
+    return claims_more(content, path)
 
 
 def checksums(folder: Path, rank: int) -> dict[str, tuple[int, int]]:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tokenformer.files import check_size
 from tokenformer.growth import anneal_taus, pattention_layers
-from tokenformer.interop import check_size
 
 
 def match_structure(module: Any, saved: Mapping[str, Any], growths: list[dict[str, Any]]) -> None:

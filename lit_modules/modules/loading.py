@@ -8,8 +8,7 @@ from lit_modules.growth.structure import match_structure
 from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
 from tokenformer import TokenFormerLM, TokenFormerViT, from_pretrained
-from tokenformer.files import is_exported
-from tokenformer.interop import check_size
+from tokenformer.files import check_size, is_exported
 
 Weights = Literal["average", "raw"]
 

@@ -16,6 +16,7 @@ from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.loading import load_model
 from lit_modules.optim.config import OptimConfig
 from tokenformer import LMConfig, TokenFormerLM, from_pretrained, save_pretrained
+from tokenformer.interop import load_trained
 from tokenformer.released import read_released
 
 CONFIG = LMConfig(vocab_size=11, depth=1, dim=8, num_heads=1, qkv_tokens=4, proj_tokens=4, ffn_tokens=8)
@@ -55,7 +56,7 @@ def test_a_compressed_archive_is_not_unpacked(tmp_path, checkpoint, monkeypatch)
     released.write_bytes(path.read_bytes())
     monkeypatch.setattr(torch, "load", None)  # nothing of it is read
     monkeypatch.setattr(zipfile.ZipFile, "testzip", None)
-    for act in (read_header, read_checkpoint, load_model):
+    for act in (read_header, read_checkpoint, load_model, load_trained):
         with pytest.raises(ValueError, match=r"its part .*data.pkl is compressed, which torch never does"):
             act(path)
     with pytest.raises(ValueError, match=r"pytorch_model.bin.*its part .*data.pkl is compressed"):
@@ -84,6 +85,8 @@ def test_a_tensor_larger_than_its_numbers_is_refused(tmp_path, size):
     path = tmp_path / "a.ckpt"
     torch.save({"state_dict": {"x": torch.zeros(1).expand(size)}}, path)
     assert find_corruption(path) == "its tensors are larger than what it holds of them"
+    with pytest.raises(ValueError, match="its tensors are larger than what it holds of them"):
+        load_trained(path)
     torch.save({"state_dict": {"x": torch.zeros(4, 3).T, "y": torch.zeros(8)[2:4], "none": torch.zeros(0)}}, path)
     assert find_corruption(path) is None
 
@@ -101,7 +104,7 @@ def test_a_model_larger_than_its_weights_is_not_built(tmp_path, checkpoint, monk
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | huge))
     monkeypatch.setattr(TokenFormerLM, "__init__", None)
-    for act, source in ((load_model, path), (from_pretrained, folder)):
+    for act, source in ((load_model, path), (load_trained, path), (from_pretrained, folder)):
         with pytest.raises(ValueError, match=r"its config is of a model of [\d,]+ parameters, its weights have"):
             act(source)
 
@@ -113,6 +116,13 @@ def test_a_history_of_widening_beyond_the_weights_is_not_built(tmp_path):
     torch.save(checkpoint | {"growths": [{"width": 10**6, "train": "all"}]}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"its config is of a model of [\d,]+ parameters"):
         load_model(tmp_path / "a.ckpt")
+
+
+def test_settings_of_a_training_that_are_none_are_named(tmp_path, checkpoint):
+    path = tmp_path / "a.ckpt"
+    torch.save(checkpoint | {"arch": "tokenformer_vit_tiny_patch16_224"}, path)  # without timm's tensors
+    with pytest.raises(ValueError, match="corrupted, its tensors or settings are not those of a model"):
+        load_trained(path)
 
 
 CONFIGS = {
