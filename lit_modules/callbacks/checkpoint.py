@@ -33,9 +33,9 @@ class RunCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         resumed = Path(trainer.ckpt_path or "").resolve()
         if self._saved is not None and resumed.parent == Path(self.dirpath).resolve():
-            self._go_on_with(self._saved, trainer, resumed.name)
+            self._resume_from(self._saved, trainer, resumed.name)
 
-    def _go_on_with(self, saved: dict[str, Any], trainer: Trainer, resumed: str) -> None:
+    def _resume_from(self, saved: dict[str, Any], trainer: Trainer, resumed: str) -> None:
         """Keep what is here of the saved ones; remove the others from before the step that the run is resumed from."""
         folder = Path(str(self.dirpath))
         steps = {path.name: step_of(path) for path in folder.glob("*.ckpt")} if trainer.is_global_zero else {}
@@ -88,7 +88,7 @@ class Checkpoint(RunCheckpoint):
 
     requested = False
     _deferred = False
-    _told_to_stop = False
+    _stop_requested = False
 
     def __init__(self, *args: Any, asynchronous: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -106,6 +106,7 @@ class Checkpoint(RunCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            self.check_settings(trainer, pl_module)  # a module of the user's own does not ask for it
             self._save_after_the_row(trainer)
 
     def _save_after_the_row(self, trainer: Trainer) -> None:
@@ -160,13 +161,13 @@ class Checkpoint(RunCheckpoint):
             _before_the_end_of_the_epoch(checkpoint["loops"]["fit_loop"], trainer)
 
     def _finish_step(self, trainer: Trainer) -> None:
-        """A step that is half done would be lost: keep the wish to stop until it is whole."""
+        """A step that is half done would be lost: keep the request to stop until it is complete."""
         if trainer.fit_loop.epoch_loop._should_accumulate():
-            self._told_to_stop |= trainer.should_stop
+            self._stop_requested |= trainer.should_stop
             trainer.should_stop = False
         else:
-            trainer.should_stop |= self._told_to_stop
-            self._told_to_stop = False
+            trainer.should_stop |= self._stop_requested
+            self._stop_requested = False
 
     def _save(self, trainer: Trainer) -> None:
         """Save if it is time; never between the batches of a step, whose gradients a checkpoint does not hold.

@@ -49,6 +49,7 @@ class EMA(WeightAveraging):
         """Make the average, on the device and in the precision that the model is about to have."""
         if stage != "fit":
             return
+        self.check_settings(trainer, pl_module)  # a module of the user's own does not ask for it
         self._device = trainer.strategy.root_device
         self._module = pl_module
         with trainer.precision_plugin.module_init_context():

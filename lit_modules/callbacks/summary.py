@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_modules.growth.history import write_growths
 from lit_modules.runs.length import ended_by, num_steps
-from lit_modules.runs.logs import forget_from
+from lit_modules.runs.logs import purge_from
 
 
 class Summary(Callback):
@@ -36,7 +36,7 @@ class Summary(Callback):
             write_growths(Path(self.run_dir) / "growth.csv", pl_module.growths)  # type: ignore[arg-type]
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    forget_from(logger, trainer.global_step)
+                    purge_from(logger, trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics

@@ -131,10 +131,10 @@ class ExperimentCLI(LightningCLI):
             }
         )
         for size in SIZES:
-            settled = partial(self._settle, size)
-            parser.link_arguments(f"data.{size}", f"model.init_args.config.{size}", settled, apply_on="instantiate")
+            link = partial(self._link_size, size)
+            parser.link_arguments(f"data.{size}", f"model.init_args.config.{size}", link, apply_on="instantiate")
 
-    def _settle(self, name: str, size: int) -> int:
+    def _link_size(self, name: str, size: int) -> int:
         args = sys.argv[1:] if self._args is None else self._args
         return size_of_data(name, size, self.config[self.config.subcommand].model, args)
 

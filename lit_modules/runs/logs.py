@@ -21,11 +21,13 @@ def is_log_step(trainer: Trainer) -> bool:
     return every > 0 and trainer.global_step % every == 0
 
 
-def forget_from(logger: TensorBoardLogger, step: int) -> None:
-    """Tell TensorBoard that a run goes on at this step: what an older file has of later ones is not shown.
+def purge_from(logger: TensorBoardLogger, step: int) -> None:
+    """Tell TensorBoard that a run is resumed at this step: what an older file has from there on is not shown.
 
     This is what `SummaryWriter(purge_step=...)` writes; Lightning makes its writer before it reads a checkpoint.
     """
+    if len(list(Path(logger.log_dir).glob("events.out.tfevents.*"))) < 2:
+        return
     writer = logger.experiment._get_file_writer()
     writer.add_event(Event(step=step, file_version="brain.Event:2"))
     writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
@@ -75,7 +77,7 @@ class ResumableCSVLogger(CSVLogger):
 class _ResumingWriter(ExperimentWriter):
     """Attributes: `metrics` are rows to be written, `metrics_keys` the columns of the file."""
 
-    _old_rows: list[dict[str, str]] | None = None  # to be written anew without those that are replaced
+    _old_rows: list[dict[str, str]] | None = None  # to be written again without those that are replaced
     _refused = False
 
     def _check_log_dir_exists(self) -> None:
@@ -96,7 +98,7 @@ class _ResumingWriter(ExperimentWriter):
             return
         folder = self._path.parent
         if not folder.is_dir():
-            rank_zero_warn(f"the run's folder {folder} was deleted or moved: it is made anew, without what it held")
+            rank_zero_warn(f"the run's folder {folder} was deleted or moved: it is made again, without what it held")
         self._refused = not write_if_possible(self._path, self._write, quiet=self._refused)
 
     def _write(self) -> None:

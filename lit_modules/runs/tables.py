@@ -33,7 +33,7 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Write a file anew: whoever is killed meanwhile leaves the old one."""
+    """Write a file again: whoever is killed meanwhile leaves the old one."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("w", newline="") as file:
