@@ -20,7 +20,8 @@ from torchvision import transforms
 from datamodules.image_batches import AugmentedBatches, OrderedImages
 from datamodules.image_classes import read_class_map
 from datamodules.image_files import ENDINGS, Images
-from datamodules.image_sources import ImageFormat, Source, counted, open_source, open_unlabelled
+from datamodules.image_sources import open_source, open_unlabelled
+from datamodules.image_splits import ImageFormat, Source, counted
 from datamodules.loader import IGNORE, Loader, StreamDataModule, StreamLoader, loading, rank_and_world_size
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}

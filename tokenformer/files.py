@@ -1,4 +1,4 @@
-"""What lies at a path, told by names and neighbours, for whoever was given the wrong thing; and what may be built of it."""
+"""What lies at a path, told by names and neighbours, for whoever gave the wrong thing; what may be built of it."""
 
 import json
 import re

@@ -15,7 +15,8 @@ from timm.data import RealLabelsImagenet
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from datamodules.image_classes import naturally, read_class_map
-from datamodules.image_sources import ImageFormat, open_source
+from datamodules.image_sources import open_source
+from datamodules.image_splits import ImageFormat
 from datamodules.images import ImageDataModule
 from tests.conftest import ROOT
 

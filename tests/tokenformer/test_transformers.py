@@ -14,22 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 
 import tokenformer.hf as hf
 from lit_modules.commands.tokenizers import write_tokenizer_files
-from tests.tokenformer.tiny_lm import IDS, LM, SIZES, padded, write_tiny_lm
+from tests.tokenformer.tiny_lm import IDS, LM, SIZES, padded
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig, from_pretrained, grow, save_pretrained
 from tokenformer.growth import grow_layers, pattention_layers
 
 VIT = ViTConfig(image_size=16, patch_size=4, num_classes=10, init="scaled", **SIZES)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tiny_lm(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def grown_lm():

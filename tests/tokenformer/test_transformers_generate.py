@@ -8,17 +8,7 @@ pytest.importorskip("transformers", reason="needs transformers: pip install 'tok
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, pipeline
 
 import tokenformer.hf  # noqa: F401 - registers
-from tests.tokenformer.tiny_lm import IDS, write_tiny_lm
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tiny_lm(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return AutoModelForCausalLM.from_pretrained(folder)
+from tests.tokenformer.tiny_lm import IDS
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

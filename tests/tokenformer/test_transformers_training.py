@@ -11,13 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 
 import tokenformer.hf as hf
 from lit_modules.commands.tokenizers import write_tokenizer_files
-from tests.tokenformer.tiny_lm import IDS, SIZES, padded, write_tiny_lm
+from tests.tokenformer.tiny_lm import IDS, SIZES, padded
 from tokenformer import from_pretrained
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tiny_lm(tmp_path_factory.mktemp("model"))
 
 
 def test_accumulated_batches_count_by_their_tokens(folder, tmp_path):
