@@ -6,7 +6,7 @@ import pytest
 
 from lit_modules.cli import console, main
 from lit_modules.commands.tokenizers import tokenizer_of
-from tests.integration.test_training import write_config
+from tests.integration.tiny import write_config
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 
 from lit_modules.cli import main
 from tests.conftest import ROOT
-from tests.integration.test_training import rows, write_config
+from tests.integration.tiny import rows, write_config
 
 DDP = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=2"]
 

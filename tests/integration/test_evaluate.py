@@ -14,7 +14,7 @@ from lit_modules.cli import main
 from lit_modules.commands.evaluate import PUBLISHED, TASKS, evaluate, table
 from lit_modules.commands.lm_eval_model import LMEvalModel, local_tasks
 from lit_modules.commands.tokenizers import save_tokenizer
-from tests.integration.test_training import write_config
+from tests.integration.tiny import write_config
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig, from_pretrained, save_pretrained
 
 SIZES = {"depth": 2, "dim": 32, "num_heads": 4, "qkv_tokens": 16, "proj_tokens": 16, "ffn_tokens": 32}

@@ -36,8 +36,7 @@ from lit_modules.modules.loading import load_model, module_from_checkpoint
 from lit_modules.strategies.fsdp2 import FSDP2
 from tests.conftest import ASSETS
 from tests.integration.growing import checkpoint_of, config_of, contents, fit
-from tests.integration.test_training import rows
-from tests.integration.test_vision_training import TINY as TINY_VISION
+from tests.integration.tiny import TINY_VISION, rows
 from tokenformer import TokenFormerLM, TokenFormerViT, from_pretrained, grow
 from tokenformer.interop import consolidated_state, load_initial_weights
 

@@ -26,7 +26,7 @@ from lit_modules.runs.errors import RunError
 from tests.conftest import ROOT, same_threads
 from tests.integration.growing import checkpoint_of, difference
 from tests.integration.processes import run_in_processes
-from tests.integration.test_training import rows, write_config
+from tests.integration.tiny import rows, write_config
 from tests.lit_modules.runs.test_logs import board_steps
 
 HARM = "--trainer.callbacks+=tests.integration.kill"

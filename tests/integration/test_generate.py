@@ -13,7 +13,7 @@ from lit_modules.callbacks import SampleText
 from lit_modules.cli import main
 from lit_modules.commands.generate import Text, write
 from lit_modules.commands.tokenizers import save_tokenizer
-from tests.integration.test_training import write_config
+from tests.integration.tiny import write_config
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig, generate, save_pretrained
 from tokenformer.generation import stream
 

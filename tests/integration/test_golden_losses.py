@@ -12,7 +12,7 @@ import pytest
 
 from lit_modules.cli import main
 from tests.conftest import ASSETS, write_corpus
-from tests.integration.test_training import rows, write_config
+from tests.integration.tiny import rows, write_config
 
 FILE = ASSETS / "golden_losses.json"
 OPTIONS = ["--trainer.max_steps=100", "--trainer.log_every_n_steps=1", "--trainer.precision=64-true"]

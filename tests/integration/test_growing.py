@@ -15,7 +15,7 @@ from lit_modules.modules.language import LanguageModule
 from lit_modules.optim.config import OptimConfig
 from lit_modules.optim.schedule import lr_factor
 from tests.integration.growing import STAGES, checkpoint_of, config_of, fit
-from tests.integration.test_training import TINY, rows
+from tests.integration.tiny import TINY, rows
 from tokenformer import LMConfig, TokenFormerLM, from_pretrained, save_pretrained
 
 

@@ -15,7 +15,7 @@ from lit_modules.optim.config import OptimConfig
 from lit_modules.optim.schedule import lr_factor
 from tests.integration.growing import STAGES, checkpoint_of, config_of, contents, difference, fit, logged, saving
 from tests.integration.processes import run_in_processes
-from tests.integration.test_training import rows, write_config
+from tests.integration.tiny import rows, write_config
 
 # (options of the command line, arguments of the callback)
 VARIANTS = {

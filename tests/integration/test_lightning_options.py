@@ -14,7 +14,7 @@ from lit_modules.optim.config import OptimConfig
 from lit_modules.runs.errors import RunError
 from tests.integration.growing import contents, difference, logged
 from tests.integration.kill import KeepWeights
-from tests.integration.test_training import rows, write_config
+from tests.integration.tiny import rows, write_config
 from tokenformer import LMConfig
 
 EPOCHS = {"max_steps": -1, "limit_train_batches": 3, "log_every_n_steps": 1, "val_check_interval": 3}

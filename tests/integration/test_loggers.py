@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from lit_modules.cli import main
-from tests.integration.test_training import write_config
-from tests.integration.test_vision_training import TINY as TINY_VISION
+from tests.integration.tiny import TINY_VISION, write_config
 
 
 def logged(run_dir):

@@ -10,7 +10,7 @@ from lit_modules.cli import main
 from lit_modules.runs.errors import RunError
 from tests.integration.growing import contents, difference
 from tests.integration.processes import run_in_processes
-from tests.integration.test_training import rows, write_config
+from tests.integration.tiny import rows, write_config
 
 HARM = "--trainer.callbacks+=tests.integration.kill.NotFinite"
 STEPS = 8

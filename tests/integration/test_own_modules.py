@@ -10,8 +10,7 @@ import yaml
 from lit_modules.cli import main
 from tests.integration.own_modules import OwnOptimizer
 from tests.integration.test_lightning_options import FOUR, fit, saved
-from tests.integration.test_training import rows, write_config
-from tests.integration.test_vision_training import TINY as TINY_VISION
+from tests.integration.tiny import TINY_VISION, rows, write_config
 from tokenformer import TokenFormerViT, ViTConfig
 from tokenformer.interop import save_pretrained
 

@@ -17,7 +17,7 @@ from lit_modules.callbacks import Preemption
 from lit_modules.cli import main
 from lit_modules.runs import signals
 from tests.integration.test_resume import assert_same
-from tests.integration.test_training import rows, write_config
+from tests.integration.tiny import rows, write_config
 
 SIGNAL_AT = "tests.integration.signalling.SignalAt"
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}

@@ -11,7 +11,7 @@ import torch
 
 from lit_modules.cli import main
 from tests.conftest import ROOT, same_threads
-from tests.integration.test_training import rows, write_config
+from tests.integration.tiny import rows, write_config
 
 # 90 batches an epoch of 2 micro-batches of 4: 12 steps are 24 batches, so the kill comes in the middle of an epoch;
 # seq_len 256 has 4 batches an epoch, so it comes in the middle of the third.

@@ -7,7 +7,7 @@ import pytest
 from lit_modules.checkpoints.reading import read_checkpoint
 from lit_modules.cli import main
 from tests.integration.growing import checkpoint_of
-from tests.integration.test_training import write_config
+from tests.integration.tiny import write_config
 
 
 @pytest.mark.parametrize("prepared_by", ["this version", "an older one"])

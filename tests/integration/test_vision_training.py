@@ -4,13 +4,11 @@ One file: the tests share folders of images and a trained run, which takes secon
 """
 
 import csv
-import json
 import shutil
 
 import pytest
 import timm
 import torch
-import yaml
 from PIL import Image
 from pyarrow.parquet import read_table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,74 +22,16 @@ from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
 from lit_modules.optim.config import OptimConfig
 from tests.integration.growing import checkpoint_of, difference, fit
-from tests.integration.processes import run_in_processes
-from tests.integration.test_training import rows
+from tests.integration.tiny import GROW_ONCE, rows, write_vision
 from tokenformer import LMConfig, TokenFormerViT, ViTConfig, from_pretrained
 from tokenformer.growth import pattention_layers
-
-GROWTH = {"class_path": "GrowParameterTokens", "init_args": {"stages": [{"at_step": 6, "factor": 2.0}]}}
-TINY = {
-    "model": {
-        "class_path": "VisionModule",
-        "init_args": {
-            "config": {
-                "image_size": 16,
-                "patch_size": 8,
-                "depth": 2,
-                "dim": 32,
-                "num_heads": 2,
-                "qkv_tokens": 16,
-                "proj_tokens": 16,
-                "ffn_tokens": 32,
-                "drop_path": 0.2,
-            },
-            "optim": {"lr": 1e-3, "warmup_steps": 1},
-        },
-    },
-    "data": {"class_path": "ImageDataModule", "init_args": {"image_size": 16, "batch_size": 4, "num_workers": 0}},
-    "trainer": {
-        "max_steps": 8,
-        "log_every_n_steps": 1,
-        "val_check_interval": 4,
-        "check_val_every_n_epoch": None,
-        "accelerator": "cpu",
-        "devices": 1,
-        "enable_progress_bar": False,
-    },
-    "checkpoint": {"every_n_train_steps": 1, "save_top_k": -1},
-    "best": {"monitor": "val/top1", "mode": "max"},
-}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A folder of three classes, 30 images to train on and 23 to validate: dark, middling, bright."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for split, sizes in (("train", (10, 10, 10)), ("val", (8, 8, 7))):
-        for label, (name, count) in enumerate(zip(("bright", "dark", "grey"), sizes, strict=True)):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                noise = torch.randint(0, 100, (20, 24, 3), generator=generator)
-                pixels = (noise + (150, 0, 75)[label]).to(torch.uint8).numpy()
-                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
-    return folder
-
-
-def write(folder, images, callbacks=(), **data):
-    config = json.loads(json.dumps(TINY))
-    config["data"]["init_args"] |= {"source": str(images)} | data
-    config["trainer"]["callbacks"] = list(callbacks)
-    path = folder / "images.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, images):
     """(config, run folder) of a run that has grown and learned."""
     folder = tmp_path_factory.mktemp("trained")
-    config = write(folder, images, [GROWTH, {"class_path": "LossCurve"}])
+    config = write_vision(folder, images, [GROW_ONCE, {"class_path": "LossCurve"}])
     main(fit(config, folder / "run", "--trainer.max_steps=40", "--trainer.val_check_interval=20"))
     return config, folder / "run"
 
@@ -123,7 +63,7 @@ RESUMED = {
 
 @pytest.mark.parametrize(("options", "data"), RESUMED.values(), ids=RESUMED)
 def test_resumed_equals_uninterrupted(images, tmp_path, options, data):
-    config = write(tmp_path, images, [GROWTH], **data)
+    config = write_vision(tmp_path, images, [GROW_ONCE], **data)
     main(fit(config, tmp_path / "whole", *options))
     for step in (3, 6, 7):
         run = tmp_path / f"from-{step}"
@@ -137,7 +77,7 @@ def test_resumed_equals_uninterrupted(images, tmp_path, options, data):
 
 def test_checkpoints_at_the_end_of_an_epoch_are_as_exact_as_others(images, tmp_path):
     """30 images, 2 x 4 a step: the epochs end with steps 4 and 8, where no validation follows."""
-    config = write(tmp_path, images)
+    config = write_vision(tmp_path, images)
     options = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=6", "--trainer.max_steps=10"]
     main(fit(config, tmp_path / "whole", *options))
     for step in (4, 8):
@@ -150,7 +90,7 @@ def test_checkpoints_at_the_end_of_an_epoch_are_as_exact_as_others(images, tmp_p
 
 
 def test_average_and_weights_are_validated_side_by_side(images, tmp_path):
-    config = write(tmp_path, images)
+    config = write_vision(tmp_path, images)
     callbacks = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.99", "--trainer.callbacks.warmup=false"]
     main(fit(config, tmp_path / "both", *callbacks, "--trainer.max_steps=4"))
     main(fit(config, tmp_path / "without", "--trainer.max_steps=4"))
@@ -184,7 +124,7 @@ def evaluated_as_timm_does(model, source, size, crop_pct, **settings):
 def test_numbers_are_those_of_timms_evaluation(shared_data, tmp_path, caplog, timm_model):
     """1,000 real images of 20 classes, greyscale ones among them; any timm model trains and evaluates alike."""
     source = shared_data / "images" / "tiny-imagenet-20"
-    config = write(tmp_path, source, image_size=32, batch_size=64, crop_pct=0.9)
+    config = write_vision(tmp_path, source, image_size=32, batch_size=64, crop_pct=0.9)
     name = [f"--model.timm_model={timm_model}"] if timm_model else []
     size = ["--model.config.image_size=32", "--trainer.limit_val_batches=2"]
     main(fit(config, tmp_path / "run", *name, *size, "--trainer.max_steps=4"))
@@ -242,7 +182,7 @@ def test_an_image_that_is_left_out_is_noticed(trained, tmp_path, monkeypatch):
 
 
 def test_mistakes_are_drawn(images, tmp_path):
-    config = write(tmp_path, images)
+    config = write_vision(tmp_path, images)
     main(fit(config, tmp_path / "run", "--trainer.max_steps=2", "--trainer.val_check_interval=1"))
     assert rows(tmp_path / "run", "val/top1")[-1][1] < 1
     picture = Image.open(tmp_path / "run" / "mistakes.png")
@@ -289,7 +229,7 @@ def test_an_image_that_can_not_be_read_loses_no_predictions(trained, images, tmp
 
 
 def test_grey_images_are_trained_on(images, tmp_path):
-    config = write(tmp_path, images, in_channels=1)
+    config = write_vision(tmp_path, images, in_channels=1)
     grey = ["--model.config.in_channels=1", "--checkpoint.every_n_train_steps=20"]
     main(fit(config, tmp_path / "run", *grey, "--trainer.max_steps=40", "--trainer.val_check_interval=20"))
     assert rows(tmp_path / "run", "val/top1")[-1][1] > 0.8
@@ -301,7 +241,7 @@ def test_grey_images_are_trained_on(images, tmp_path):
 
 def test_the_batch_size_rule(images, tmp_path):
     """4 images x 2 batches a step, of the 256 that the rate is meant for."""
-    config = write(tmp_path, images)
+    config = write_vision(tmp_path, images)
     rule = ["--model.optim.lr_batch=256", "--model.optim.schedule=constant", "--model.optim.lr=0.1"]
     main(fit(config, tmp_path / "run", *rule, "--trainer.accumulate_grad_batches=2", "--trainer.max_steps=4"))
     assert rows(tmp_path / "run", "train/lr")[-1][1] == pytest.approx(0.1 * 8 / 256)
@@ -315,7 +255,7 @@ def test_a_file_grows_and_trains_on(trained, images, tmp_path):
     probe = torch.randn(2, 3, 16, 16)
     assert grown.num_params() > before.num_params()
     assert torch.allclose(grown.eval()(probe), before.eval()(probe), atol=1e-6)
-    config = write(tmp_path, images)
+    config = write_vision(tmp_path, images)
     main(fit(config, tmp_path / "run", resume=tmp_path / "grown.ckpt"))
     assert rows(tmp_path / "run", "train/loss")[0][0] == 3
 
@@ -346,7 +286,7 @@ def test_recompute_scores_reaches_every_layer(kind, config):
 )
 def test_what_is_refused(images, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        main(fit(write(tmp_path, images), tmp_path / "run", *options))
+        main(fit(write_vision(tmp_path, images), tmp_path / "run", *options))
 
 
 def test_a_training_does_not_go_on_at_another_image_size(trained, tmp_path):
@@ -388,7 +328,7 @@ def numbered(tmp_path_factory):
             for i in range(count):
                 color = [60 * number + 5 * i, 200 - 50 * number, 100]
                 Image.new("RGB", (16, 16), tuple(color)).save(folder / "data" / split / name / f"{i}.png")
-    config = write(folder, folder / "data")
+    config = write_vision(folder, folder / "data")
     with pytest.MonkeyPatch.context() as then:
         then.setattr("datamodules.image_sources.naturally", lambda name: name)
         main(fit(config, folder / "run", *SIXTY))
@@ -453,7 +393,7 @@ def test_some_classes_are_told_apart_as_timm_does(trained, images, tmp_path, cap
     options = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", f"--data.source={tmp_path / 'some'}"]
     options += [f"--data.class_map={tmp_path / 'classes.txt'}"]
     average = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.01", "--trainer.callbacks.warmup=false"]
-    main(fit(write(tmp_path, images), tmp_path / "fit", *options, *average))
+    main(fit(write_vision(tmp_path, images), tmp_path / "fit", *options, *average))
     (loss,), (raw,) = (rows(tmp_path / "fit", name) for name in ("val/loss", "val/raw_loss"))
     assert raw == pytest.approx(loss, abs=1e-2)
 
@@ -462,7 +402,7 @@ def test_unreadable_images_are_counted_in_the_log(images, tmp_path):
     shutil.copytree(images, tmp_path / "images")
     broken = tmp_path / "images" / "train" / "dark" / "3.png"
     broken.write_bytes(broken.read_bytes()[:200])
-    config = write(tmp_path, tmp_path / "images", skip_unreadable=True)
+    config = write_vision(tmp_path, tmp_path / "images", skip_unreadable=True)
     with pytest.warns(UserWarning, match="3.png"):
         main(fit(config, tmp_path / "run"))  # 32 of 30 images
     assert rows(tmp_path / "run", "train/unreadable")[-1][1] == 1
@@ -472,67 +412,11 @@ def test_unreadable_images_are_counted_in_the_log(images, tmp_path):
 
 def test_growth_at_a_loss_of_zero_is_no_change(trained, images, tmp_path, monkeypatch):
     monkeypatch.setattr(VisionModule, "probe_loss", lambda self, batch: torch.zeros(()))
-    main(fit(write(tmp_path, images, [GROWTH]), tmp_path / "run"))
+    main(fit(write_vision(tmp_path, images, [GROW_ONCE]), tmp_path / "run"))
     (row,) = csv.DictReader((tmp_path / "run" / "growth.csv").open())
     assert float(row["loss_after"]) == 0
 
 
 def test_a_timm_model_does_not_grow(images, tmp_path):
     with pytest.raises(ValueError, match="no Pattention"):
-        main(fit(write(tmp_path, images, [GROWTH]), tmp_path / "run", "--model.timm_model=test_vit"))
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, images):
-    """Runs of two processes: DDP, FSDP2 with an average and a timm model; and DDP's validation."""
-    folder = tmp_path_factory.mktemp("two")
-    config = write(folder, images, [GROWTH])
-    shared = ["--trainer.devices=2", "--data.batch_size=2", "--model.config.drop_path=0"]
-    ema = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
-    whole = ["--trainer.strategy=FSDP2", "--trainer.strategy.save_distributed_checkpoint=false"]
-    plain = write(folder, images).rename(folder / "plain.yaml")
-    config = write(folder, images, [GROWTH])
-    run_in_processes(
-        [
-            fit(config, folder / "ddp", *shared, "--trainer.strategy=ddp", "--trainer.precision=64-true"),
-            fit(config, folder / "fsdp", *shared, *whole, *ema),
-            fit(plain, folder / "timm", *shared, *whole, "--model.timm_model=test_vit", "--trainer.max_steps=2"),
-            fit(plain, folder / "norms", *shared, *ema, "--model.timm_model=test_resnet", "--trainer.max_steps=4"),
-            [
-                *["validate", "--config", str(config), "--run_dir", str(folder / "validated"), *shared],
-                *[
-                    "--trainer.strategy=ddp",
-                    "--trainer.precision=64-true",
-                    "--ckpt_path",
-                    str(checkpoint_of(folder / "ddp", 8)),
-                ],
-            ],
-        ]
-    )
-    return folder
-
-
-def test_two_processes_train_and_count_as_one(two_processes, images, tmp_path):
-    config = write(tmp_path, images, [GROWTH])
-    precise, average = ["--trainer.precision=64-true"], ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
-    for name, options, tolerance in (("ddp", precise, 1e-10), ("fsdp", average, 1e-3)):  # Adam enlarges roundings
-        main(fit(config, tmp_path / name, "--model.config.drop_path=0", *options))
-        assert difference(tmp_path / name, two_processes / name, 8) < tolerance
-        for column in ("val/loss", "val/top1", "val/top5", "val/raw_loss", "val/raw_top1"):
-            alone, both = (dict(rows(run, column)) for run in (tmp_path / name, two_processes / name))
-            assert both == pytest.approx(alone, rel=1e-4), column
-    (row,) = csv.DictReader((two_processes / "validated" / "results.csv").open())
-    assert row["count"] == "23"  # 12 of one process and 11 of the other
-    assert float(row["top1"]) == pytest.approx(100 * rows(tmp_path / "ddp", "val/top1")[-1][1], abs=1e-3)
-    assert len(rows(two_processes / "timm", "train/loss")) == 2
-
-
-def test_statistics_of_a_norm_are_those_of_the_first_process(two_processes, images, tmp_path):
-    """Of the weights that are validated beside their average, too: what is logged is what the checkpoint has."""
-    saved = torch.load(checkpoint_of(two_processes / "norms", 4), weights_only=True)
-    saved["state_dict"] = saved.pop("current_model_state")
-    torch.save(saved, tmp_path / "raw.ckpt")
-    command = ["validate", "--config", str(write(tmp_path, images)), "--ckpt_path", str(tmp_path / "raw.ckpt")]
-    main([*command, "--model.timm_model=test_resnet", "--run_dir", str(tmp_path / "run")])
-    alone = rows(tmp_path / "run", "val/loss")[-1][1]
-    assert rows(two_processes / "norms", "val/raw_loss")[-1][1] == pytest.approx(alone, rel=1e-5)
+        main(fit(write_vision(tmp_path, images, [GROW_ONCE]), tmp_path / "run", "--model.timm_model=test_vit"))
