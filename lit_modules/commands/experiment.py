@@ -55,7 +55,7 @@ from lit_modules.strategies import fsdp2
 # Class paths in the configs of older runs.
 sys.modules |= {f"lit_modules.{module.__name__.rsplit('.')[-1]}": module for module in (language, vision, fsdp2)}
 
-# How the processes that Lightning starts for a run learn what its first process settled.
+# How the processes that Lightning starts for a run learn what its first process has decided.
 RUN_DIR, CKPT_PATH = "TOKENFORMER_RUN_DIR", "TOKENFORMER_CKPT_PATH"
 FIRST_PROCESS = "TOKENFORMER_FIRST_PROCESS"  # its pid
 
@@ -88,7 +88,7 @@ class Trainer(lightning.Trainer):
             network: GB/s that a device sends between nodes. Default: what such devices usually come with.
             out: a CSV file for the numbers, in bytes, FLOPs and hours; those of the second table: OUT-devices.csv.
         """
-        assert devices is not None  # settled before anything was built
+        assert devices is not None  # decided before anything was built
         print(plan(model, datamodule, self, devices=devices, mfu=mfu, device=device, network=network, out=out))
 
 
@@ -151,7 +151,7 @@ class ExperimentCLI(LightningCLI):
         """Leave the config as the user gave it; Lightning would let the checkpoint's hyperparameters overrule it."""
 
     def before_instantiate_classes(self) -> None:
-        """Settle the run's folder and the checkpoint to start from."""
+        """Decide on the run's folder and the checkpoint to start from."""
         config = self.config[self.config.subcommand]
         config.name = config.name or config_name(sys.argv[1:] if self._args is None else self._args, config.model)
         check_options(self.config.subcommand, config.trainer)

@@ -1,4 +1,4 @@
-"""What a config gives: options that can't work, sizes that the data settles, modules of the user's own."""
+"""What a config gives: options that can't work, sizes that the data decides, modules of the user's own."""
 
 import dataclasses
 from pathlib import Path
@@ -31,7 +31,7 @@ def check_options(subcommand: str, trainer: Namespace) -> None:
 
 
 def size_of_data(name: str, size: int, model: Namespace, args: list[str]) -> int:
-    """A size of the model that the data settles.
+    """A size of the model that the data decides.
 
     Args:
         name: of the size, in `model.config`.
@@ -53,7 +53,7 @@ def size_of_data(name: str, size: int, model: Namespace, args: list[str]) -> int
 
 
 class InstantiateModel(_InstantiatorFn):
-    """Makes a model; one of the user's own may know nothing of the sizes that the data settles."""
+    """Makes a model; one of the user's own may know nothing of the sizes that the data decides."""
 
     def __call__(self, class_type: Any, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
         """Of this class; sizes go to its argument `config`."""

@@ -105,14 +105,14 @@ class ArgumentParser(LightningArgumentParser):
 def nearest(key: str, names: list[str]) -> str | None:
     """The name that was meant by an unknown one, if one of `names` is like it or is what it is called elsewhere."""
     last = {name.rpartition(".")[2]: name for name in reversed(names)}
-    asked = key.rpartition(".")[2]
-    if asked in last:
-        return last[asked]
-    if asked in OURS:
-        return last.get(OURS[asked].rpartition(".")[2]) or None
+    last_part = key.rpartition(".")[2]
+    if last_part in last:
+        return last[last_part]
+    if last_part in OURS:
+        return last.get(OURS[last_part].rpartition(".")[2]) or None
     if whole := get_close_matches(key, names, n=1, cutoff=0.9):
         return whole[0]
-    return next((last[name] for name in get_close_matches(asked, last, n=1, cutoff=0.65)), None)
+    return next((last[name] for name in get_close_matches(last_part, last, n=1, cutoff=0.65)), None)
 
 
 # What jsonargparse writes around the complaints, and complaints about readings that were not meant.

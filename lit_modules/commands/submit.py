@@ -55,25 +55,25 @@ def main(args: list[str]) -> None:
         ValueError: for a request that contradicts the config, and where there is no Slurm.
     """
     ours, overrides = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
-    asked = _parser().parse_args(ours)
-    given = [part for file in asked.config for part in ("--config", file)] + overrides
+    requested = _parser().parse_args(ours)
+    given = [part for file in requested.config for part in ("--config", file)] + overrides
     cli = run(["fit", *given], _Parsed)
     config = cli.config.fit
-    tasks = asked.gpus_per_node or asked.tasks_per_node
-    check_request(config.trainer, asked.nodes, tasks, asked.gpus_per_node)
-    config.trainer.devices, config.trainer.num_nodes = tasks, asked.nodes
-    config.name = config.name or Path(asked.config[0]).stem
+    tasks = requested.gpus_per_node or requested.tasks_per_node
+    check_request(config.trainer, requested.nodes, tasks, requested.gpus_per_node)
+    config.trainer.devices, config.trainer.num_nodes = tasks, requested.nodes
+    config.name = config.name or Path(requested.config[0]).stem
     if config.run_dir or config.ckpt_path:
         raise ValueError(
             "run_dir and ckpt_path are the job's own: give --run_dir to submit (before `--`), no ckpt_path"
         )
-    folder = asked.run_dir or Path(config.trainer.default_root_dir or "runs") / config.name / new_name()
+    folder = requested.run_dir or Path(config.trainer.default_root_dir or "runs") / config.name / new_name()
     if odd := set(str(folder)) & set("%\\'\""):
         raise ValueError(
             f"--run_dir {folder}: Slurm takes {' '.join(sorted(odd))} in the path of a log for its own signs"
         )
-    script = job_script(asked, config.name, tasks, folder)
-    if asked.dry_run:
+    script = job_script(requested, config.name, tasks, folder)
+    if requested.dry_run:
         print(script, end="")
         return
     if shutil.which("sbatch") is None:
@@ -92,7 +92,7 @@ def main(args: list[str]) -> None:
     if sent.returncode:
         raise ValueError(f"sbatch {folder}/job.sh: {sent.stderr.strip()}")
     print(f"job {sent.stdout.strip().split(';')[0]}, run folder {folder}")
-    print(f"logs: {folder}/{'N/' * bool(asked.array)}logs/task-0.log, and those of the other tasks")
+    print(f"logs: {folder}/{'N/' * bool(requested.array)}logs/task-0.log, and those of the other tasks")
 
 
 def check_request(trainer: Any, nodes: int, tasks: int, gpus: int) -> None:
@@ -143,41 +143,41 @@ def check_request(trainer: Any, nodes: int, tasks: int, gpus: int) -> None:
         raise ValueError(f"trainer.accelerator={trainer.accelerator} without GPUs: ask for --gpus-per-node {tasks}")
 
 
-def job_script(asked: argparse.Namespace, name: str, tasks: int, folder: Path) -> str:
+def job_script(requested: argparse.Namespace, name: str, tasks: int, folder: Path) -> str:
     """The template, filled in.
 
     Raises:
         ValueError: for a value with a control character: a newline would end its line, and what follows be a command.
     """
     texts: dict[str, Any] = {"name": name, "run_dir": str(folder), "the working directory": str(Path.cwd())}
-    texts |= {f"--{key}": value for key, value in vars(asked).items() if key not in ("config", "run_dir")}
+    texts |= {f"--{key}": value for key, value in vars(requested).items() if key not in ("config", "run_dir")}
     for key, given in texts.items():
         for text in given if isinstance(given, list) else [given]:
             if isinstance(text, str) and not text.isprintable():
                 raise ValueError(f"{key}={text!r}: goes into the job's script and has a control character: drop it")
-    options = {"gpus-per-node": asked.gpus_per_node or None}
-    options |= {key: getattr(asked, key) for key in ("partition", "account", "array")}
-    options["cpus-per-task"] = asked.cpus_per_task
+    options = {"gpus-per-node": requested.gpus_per_node or None}
+    options |= {key: getattr(requested, key) for key in ("partition", "account", "array")}
+    options["cpus-per-task"] = requested.cpus_per_task
     lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
-    lines += [f"#SBATCH {option}" for option in asked.sbatch]
+    lines += [f"#SBATCH {option}" for option in requested.sbatch]
     # Since Slurm 22.05 srun does not take this one over from sbatch.
-    for_srun = [f"--cpus-per-task={asked.cpus_per_task}"] if asked.cpus_per_task else []
+    for_srun = [f"--cpus-per-task={requested.cpus_per_task}"] if requested.cpus_per_task else []
     command = [sys.executable, "-m", "lit_modules.cli"]
-    if asked.container:
-        gpus = ["--nv"] if asked.gpus_per_node else []
-        command = ["apptainer", "exec", *gpus, "--bind", str(Path.cwd()), asked.container, "tokenformer"]
+    if requested.container:
+        gpus = ["--nv"] if requested.gpus_per_node else []
+        command = ["apptainer", "exec", *gpus, "--bind", str(Path.cwd()), requested.container, "tokenformer"]
     values = {
         "name": shlex.quote(name),
-        "nodes": asked.nodes,
+        "nodes": requested.nodes,
         "tasks": tasks,
-        "time": asked.time,
+        "time": requested.time,
         "run": shlex.quote(str(folder)),
-        "log": "job-%a.log" if asked.array else "job.log",
+        "log": "job-%a.log" if requested.array else "job.log",
         "options": "\n".join(lines),
-        "task": '"/$SLURM_ARRAY_TASK_ID"' if asked.array else "",
+        "task": '"/$SLURM_ARRAY_TASK_ID"' if requested.array else "",
         "command": shlex.join(for_srun + command),
         "config": shlex.quote(str(folder / "submitted.yaml")),
-        "overrides": '--seed_everything "$SLURM_ARRAY_TASK_ID"' if asked.array else "",
+        "overrides": '--seed_everything "$SLURM_ARRAY_TASK_ID"' if requested.array else "",
     }
     # Safe: what is no placeholder of ours stays, such as in USR1@120.
     script = _Script(TEMPLATE.read_text()).safe_substitute(values)
