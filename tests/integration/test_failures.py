@@ -132,7 +132,7 @@ def test_a_full_disk_costs_saves_but_no_checkpoint(finished, small_disk, until):
 
 def test_a_run_folder_that_is_deleted_is_named(copied):
     command, run = copied
-    gone = r"the run's folder .*run was deleted or moved: it is made anew, without what it held"
+    gone = r"the run's folder .*run was deleted or moved: it is made again, without what it held"
     with pytest.warns(UserWarning, match=gone):
         main([*command, f"{HARM}.RemoveFolder", "--trainer.callbacks.step=5"])
     assert [step for step, _ in rows(run, "train/loss")] == [5]
