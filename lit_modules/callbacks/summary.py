@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_modules.growth.history import write_growths
+from lit_modules.modules.language import LanguageModule
 from lit_modules.runs.length import ended_by, num_steps
 from lit_modules.runs.logs import purge_from
 
@@ -70,6 +71,8 @@ class Summary(Callback):
                 f"  tokenformer validate --config {config} --ckpt_path {best}",
                 f"  tokenformer predict --config {config} --ckpt_path {best} {pl_module.predict_option}",
             ]
+            if isinstance(pl_module, LanguageModule):
+                lines.append(f"  tokenformer generate {best} --prompt TEXT")
             if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
                 lines.append(f"  tensorboard --logdir {shorten(Path(self.run_dir).parent)}")
         rank_zero_info("\n".join(lines))

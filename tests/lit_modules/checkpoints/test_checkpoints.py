@@ -5,13 +5,19 @@ import signal
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 
+from lit_modules.callbacks.checkpoint import RunCheckpoint
 from lit_modules.checkpoints import validation, writing
+from lit_modules.checkpoints.compatibility import check_resume
 from lit_modules.checkpoints.validation import find_corruption, latest_valid
 from lit_modules.checkpoints.writing import AtomicCheckpointIO, partial_of, remove_partial_checkpoints
+from tokenformer import LMConfig
 
 
 def test_checkpoints_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -163,3 +169,19 @@ def test_in_a_run_the_step_decides_which_is_the_newest(tmp_path):
             os.utime(left[0], (50, 50))
     in_order = ["step-00000010", "unnamed", "best-step-00000008", "epoch=1-step=4", "step-00000002"]
     assert found == [f"{run}/{name}" for run in "ab" for name in in_order]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_outside_of_training_only_what_others_callbacks_saved_is_missed(training):
+    """Lightning warns of each callback that has a state in the checkpoint and is not there."""
+
+    class Theirs(Callback):
+        pass
+
+    here = RunCheckpoint(monitor="val/loss"), EarlyStopping("val/loss")
+    gone = "EMA", "GrowParameterTokens", RunCheckpoint(monitor="step").state_key, EarlyStopping("val/top1").state_key
+    states = dict.fromkeys((*gone, *(callback.state_key for callback in here), "Theirs", "Unknown"), {"a": 1})
+    checkpoint = {"callbacks": dict(states)}
+    trainer = SimpleNamespace(callbacks=list(here), training=training)
+    check_resume(checkpoint, SimpleNamespace(config=LMConfig(), trainer=trainer, _trainer=trainer))
+    assert checkpoint["callbacks"].keys() == states.keys() - (set() if training else set(gone))
