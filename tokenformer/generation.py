@@ -1,6 +1,7 @@
 """Sampling text from a language model. B prompts, T ids of a prompt, V vocabulary."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import TypeVar
 
 import torch
@@ -113,6 +114,53 @@ def _ends(stop: Stop, row: int, ids: list[int]) -> bool:
     if callable(stop):
         return stop(row, ids)
     return any(ids[-len(sequence) :] == list(sequence) for sequence in stop)
+
+
+class Dialogue:
+    """A text that a user and a model write in turns; what has been read stays in the cache and is not read again.
+
+    When it no longer fits into the context, its oldest part is dropped: half of a context stays, or what the user has
+    added since, if that is more.
+
+    Args:
+        model: the language model.
+        ids: how the text begins, at least one.
+        sampler: of one row.
+
+    Attributes:
+        ids: the text, to be appended to or cut; without what was dropped.
+        num_dropped: ids.
+    """
+
+    def __init__(self, model: TokenFormerLM, ids: list[int], sampler: "Sampler") -> None:
+        self.ids, self.num_dropped = list(ids), 0
+        self._model, self._sampler, self._cache = model, sampler, model.new_cache()
+        self._read: list[int] = []  # what the cache holds
+
+    @torch.no_grad()
+    def write(self) -> int:
+        """Append the next id."""
+        known = self._num_known()
+        context = self._model.config.max_seq_len
+        if len(self.ids) > context:
+            kept = max(context // 2, min(len(self.ids) - known, context))
+            self.num_dropped += len(self.ids) - kept
+            self.ids = self.ids[-kept:]
+            known = self._num_known()
+        self._cache.lengths = [known]
+        device = self._model.embedding.weight.device
+        ids = torch.tensor([self.ids[known:]], device=device)
+        with torch.compiler.set_stance("force_eager"):
+            logits = self._model(ids, self._cache, only_at=torch.tensor([ids.shape[1] - 1], device=device))
+        self._read = list(self.ids)  # only now: whoever interrupts the model leaves a cache that is read again
+        (new_id,) = self._sampler.choose(logits, [0])
+        self.ids.append(new_id)
+        return new_id
+
+    def _num_known(self) -> int:
+        """So many ids at the beginning are in the cache; the last one is read for what follows."""
+        same = (one == other for one, other in zip(self.ids, self._read, strict=False))
+        return min(sum(takewhile(bool, same)), len(self.ids) - 1)
 
 
 class Sampler:

@@ -8,9 +8,15 @@ end-of-text token, with a --stop, which is left out, or after --max_new_tokens.
   tokenformer generate runs/quickstart/20260131-120000-ab12/checkpoints/step-00000600.ckpt --prompt "def " --stop "def "
   tokenformer generate models/150m --prompt "One: " --prompt "Two: " --prompt_file letter.txt --temperature 0
   tokenformer generate models/150m --prompt "Once upon" --num_samples 3 --max_new_tokens 5000 --crop
+  tokenformer generate models/150m --interactive --stop "Q:"
 
 Prompts are read together and printed one after the other; what is written for one does not depend on the others. The
 same seed gives the same texts.
+
+With --interactive, text is read from the terminal (or a pipe) line by line, and the model goes on with it: a language
+model continues a text, it was not taught to answer. All that you and it have written is one text, each line of yours
+begins a new one, and what no longer fits into the context is dropped at its beginning. Ctrl-C ends what the model
+writes; an empty line, `exit` or Ctrl-D ends the session. A --prompt is what the text begins with.
 """
 
 import argparse
@@ -23,13 +29,14 @@ from typing import Any
 import torch
 
 from datamodules.reading import read_text
-from lit_modules.commands.tokenizers import tokenizer_of
+from lit_modules.commands.interactive import interact
+from lit_modules.commands.streaming import Text
+from lit_modules.commands.tokenizers import check_tokenizer, tokenizer_of
 from lit_modules.modules.loading import load_model
 from tokenformer import TokenFormerLM
 from tokenformer.generation import stream
 
 DEFAULT_NEW_TOKENS = 256
-NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of bytes that are no text
 
 
 def write(
@@ -60,11 +67,7 @@ def write(
     Raises:
         ValueError: for settings that can't work, and what is longer than the model's context.
     """
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the model has vocab_size="
-            f"{model.config.vocab_size}: it is another model's; give --tokenizer"
-        )
+    check_tokenizer(tokenizer, model)
     ids = [[tokenizer.end_of_text, *prompt] for prompt in tokenizer.encode_batch(prompts)]  # a document begins
     if max_new_tokens is None:
         room = model.config.max_seq_len - max(len(row) for row in ids)
@@ -81,55 +84,6 @@ def write(
         if not text.ended:
             yield row, text.end()
             yield row, None
-
-
-class Text:
-    """A text whose ids come one at a time. Gives out what will stay as it is: whole characters, no half of a stop.
-
-    Args:
-        tokenizer: of the ids.
-        prompt: ids that are there already.
-        stop: what ends the text, and is left out.
-
-    Attributes:
-        ended: by a stop, the end-of-text token or :meth:`end`.
-    """
-
-    def __init__(self, tokenizer: Any, prompt: list[int], stop: list[str]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
-        # Ids are decoded together with those before them, since some tokenizers put a space between the two.
-        self._before, self._ids = list(prompt), list[int]()
-        self._given = 0  # characters of `_ids` that are given out
-        self._held = ""  # may be the beginning of a stop
-        self.ended = False
-
-    def add(self, new_id: int) -> str:
-        """What another id adds."""
-        if new_id == self._tokenizer.end_of_text:
-            return self.end()
-        self._ids.append(new_id)
-        start = len(self._tokenizer.decode(self._before))
-        text = self._tokenizer.decode(self._before + self._ids)[start:]
-        whole = text.rstrip(NO_CHARACTER)  # the bytes at the end may be the first of a character
-        piece, self._given = whole[self._given :], len(whole)
-        if whole == text:
-            self._before, self._ids, self._given = self._ids, [], 0
-        return self._until_stop(piece)
-
-    def end(self) -> str:
-        """No more ids come: what was held back as the possible beginning of a stop."""
-        self.ended = True
-        return self._held
-
-    def _until_stop(self, piece: str) -> str:
-        text = self._held + piece
-        if found := [text.index(stop) for stop in self._stop if stop in text]:
-            self.ended = True
-            return text[: min(found)]
-        beginnings = (stop[:n] for stop in self._stop for n in range(1, len(stop)))
-        held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
 
 
 def show(prompts: list[str], pieces: Iterator[tuple[int, str | None]]) -> None:
@@ -174,6 +128,7 @@ def main(args: list[str]) -> None:
     parser.add_argument(
         "--crop", action="store_true", help="go on past the context: each new token sees the last that fit, slowly"
     )
+    parser.add_argument("--interactive", action="store_true", help="go on with lines of the terminal, as one text")
     parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the model's)")
     given = vars(parser.parse_args(args))
     source, tokenizer = given.pop("source"), given.pop("tokenizer")
@@ -181,8 +136,17 @@ def main(args: list[str]) -> None:
     if num_samples < 1:
         raise ValueError(f"--num_samples {num_samples}: must be at least 1")
     prompts = given.pop("prompt") + [_read(path) for path in given.pop("prompt_file")]
+    interactive = given.pop("interactive")
+    if interactive:
+        if len(prompts) > 1 or num_samples > 1 or given.pop("crop"):
+            raise ValueError(
+                "--interactive writes one text, and goes on past the context: give at most one --prompt, and neither "
+                "--num_samples nor --crop"
+            )
+        if given["max_new_tokens"] is None:
+            given["max_new_tokens"] = DEFAULT_NEW_TOKENS
     prompts = [prompt for prompt in prompts for _ in range(num_samples)]
-    if not prompts:
+    if not prompts and not interactive:
         raise ValueError('no prompt: give --prompt TEXT or --prompt_file FILE; --prompt "" begins a document')
     if "" in given["stop"]:
         raise ValueError('--stop "": give a text')
@@ -192,7 +156,11 @@ def main(args: list[str]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    show(prompts, write(model, tokenizer_of(source, tokenizer), prompts, **given))
+    known = tokenizer_of(source, tokenizer)
+    if interactive:
+        interact(model, known, *prompts, **given)
+    else:
+        show(prompts, write(model, known, prompts, **given))
 
 
 def _read(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from datamodules.text import TextDataModule
 from datamodules.tokenizer import Tokenizer, load_tokenizer
 from lit_modules.checkpoints.reading import config_of
+from tokenformer import TokenFormerLM
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 PADDING_NAMES = ("<|padding|>", "<|pad|>", "<|PAD_TOKEN|>", "[PAD]", "<pad>")
@@ -35,6 +36,19 @@ def tokenizer_of(path: Path, given: str | None = None) -> Tokenizer:
             f"{path}: has no tokenizer.json, nor is it in a run whose config.yaml names one: give one by --tokenizer"
         )
     return TextDataModule(**data["init_args"]).tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: TokenFormerLM) -> None:
+    """Refuse a tokenizer that makes ids which the model does not know.
+
+    Raises:
+        ValueError: for such a one.
+    """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the model has vocab_size="
+            f"{model.config.vocab_size}: it is another model's; give --tokenizer"
+        )
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:

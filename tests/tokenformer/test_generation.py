@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenformer import LMConfig, TokenFormerLM, generate, grow
-from tokenformer.generation import Sampler, draw, stream
+from tokenformer.generation import Dialogue, Sampler, draw, stream
 
 SIZES = {"vocab_size": 50, "max_seq_len": 32, "depth": 2, "dim": 32, "num_heads": 4, "init": "scaled"}
 TOKENS = {"qkv_tokens": 24, "proj_tokens": 20, "ffn_tokens": 64}
@@ -253,3 +253,33 @@ def test_a_compiled_model_generates_the_same(model):
     torch._dynamo.utils.counters.clear()
     assert generate(model, [[1, 2, 3], [4]], 6, temperature=0) == expected
     assert not torch._dynamo.utils.counters["frames"]  # no step is compiled for
+
+
+def test_a_dialogue_goes_on_from_what_it_has_read(model):
+    """In turns, with ids cut off and past the context, each id is what the model makes of the text; nothing is read
+    twice but after a drop, which leaves half a context or what was added, as much of it as fits."""
+    read = []
+    model.embedding.register_forward_hook(lambda _, ids, __: read.append(ids[0].shape[1]))
+    dialogue = Dialogue(model, [1, 2, 3], Sampler(1, temperature=0))
+
+    def write(expected_read, expected_dropped):
+        read.clear()
+        dropped = dialogue.num_dropped
+        new_id = dialogue.write()
+        assert (read, dialogue.num_dropped - dropped) == ([expected_read], expected_dropped)
+        assert new_id == dialogue.ids[-1] == int(model(torch.tensor([dialogue.ids[:-1]]))[0, -1].argmax())
+
+    write(3, 0)
+    for _ in range(4):
+        write(1, 0)
+    dialogue.ids += [4, 5, 6]
+    write(4, 0)  # with the one that was written last
+    del dialogue.ids[-3:]
+    write(1, 0)  # the last one that is left
+    dialogue.ids += range(10, 42 - len(dialogue.ids))
+    write(32 - 9, 0)
+    write(16, 17)
+    dialogue.ids += [8, 9] * 12
+    write(25, 16)
+    dialogue.ids += range(40)
+    write(32, 34)

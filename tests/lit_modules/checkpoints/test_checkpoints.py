@@ -180,7 +180,8 @@ def test_outside_of_training_only_what_others_callbacks_saved_is_missed(training
 
     here = RunCheckpoint(monitor="val/loss"), EarlyStopping("val/loss")
     gone = "EMA", "GrowParameterTokens", RunCheckpoint(monitor="step").state_key, EarlyStopping("val/top1").state_key
-    states = dict.fromkeys((*gone, *(callback.state_key for callback in here), "Theirs", "Unknown"), {"a": 1})
+    keys = *gone, *(callback.state_key for callback in here), "Theirs", "Unknown"
+    states = {key: {"a": 1} for key in keys}
     checkpoint = {"callbacks": dict(states)}
     trainer = SimpleNamespace(callbacks=list(here), training=training)
     check_resume(checkpoint, SimpleNamespace(config=LMConfig(), trainer=trainer, _trainer=trainer))
