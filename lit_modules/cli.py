@@ -13,7 +13,7 @@ from importlib import import_module
 from lit_modules.commands import help
 
 # Modules in lit_modules/commands of the commands that take no config of an experiment.
-COMMANDS = {name: name for name in ("evaluate", "export", "generate", "grow", "plot", "submit")}
+COMMANDS = {name: name for name in ("evaluate", "export", "generate", "grow", "plot", "submit", "sweep")}
 COMMANDS["import"] = "import_released"
 
 HELP = """usage: tokenformer COMMAND --config FILE [--KEY VALUE ...]
@@ -43,6 +43,8 @@ commands:
                                       tokenformer generate CKPT --prompt TEXT
   submit     train as a Slurm job that requeues itself and resumes when it is preempted or out of time
                                       tokenformer submit --config FILE --nodes 2 --gpus-per-node 8 --time 24:00:00
+  sweep      train with each of several values of any key, and compare
+                                      tokenformer sweep --config FILE --model.optim.lr 1e-3 2e-3 4e-3
   plot       loss over steps, tokens, FLOPs and time, of one or several runs
                                       tokenformer plot RUN...
 

@@ -107,7 +107,7 @@ def test_commands_exist_with_their_options(monkeypatch):
                 assert (ROOT / rest[0].replace(".", "/")).with_suffix(".py").exists() or rest[0] == "benchmarks", where
         elif first in COMMANDS:
             missing = {option for option in options(rest) if not re.search(rf"{option}\b", pages[first])}
-            if first == "submit":  # takes keys of the config too
+            if first in ("submit", "sweep"):  # take keys of the config too
                 missing = {option for option in missing if "." not in option}
             assert not missing, where
         elif first in help.COMMANDS and "--help" not in rest:

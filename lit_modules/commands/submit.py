@@ -32,7 +32,7 @@ class _Script(Template):
     delimiter = "@"  # "$" is the shell's
 
 
-class _Parsed(ExperimentCLI):
+class ParsedCLI(ExperimentCLI):
     """Reads a config as `fit` does, and stops there."""
 
     def _set_seed(self) -> None:
@@ -57,7 +57,7 @@ def main(args: list[str]) -> None:
     ours, overrides = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
     requested = _parser().parse_args(ours)
     given = [part for file in requested.config for part in ("--config", file)] + overrides
-    cli = run(["fit", *given], _Parsed)
+    cli = run(["fit", *given], ParsedCLI)
     config = cli.config.fit
     tasks = requested.gpus_per_node or requested.tasks_per_node
     check_request(config.trainer, requested.nodes, tasks, requested.gpus_per_node)
