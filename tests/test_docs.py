@@ -22,6 +22,7 @@ LANGUAGE, VISION = (ROOT / f"configs/{task}/quickstart.yaml" for task in ("langu
 FIRST_WORDS = ("tokenformer", "make", "pytest", "python")
 # What stands in place of a config.
 PLACEHOLDERS = {"FILE", "RUN/config.yaml"}
+MODELS = {"MODEL", "models/vit"}  # that `predict` takes in place of one
 
 
 def commands():
@@ -115,8 +116,8 @@ def test_commands_exist_with_their_options(monkeypatch):
                 missing = {option for option in missing if "." not in option}
             assert not missing, where
         elif first in help.COMMANDS and "--help" not in rest:
-            config = str(VISION if "vision.md" in where else LANGUAGE)
-            arguments = [config if word in PLACEHOLDERS else word for word in rest if word != "MODEL"]  # no config
+            config = str(VISION if "vision.md" in where or "predict_source" in where else LANGUAGE)
+            arguments = [config if word in PLACEHOLDERS else word for word in rest if word not in MODELS]  # no config
             if "--config" not in arguments:
                 arguments = ["--config", config, *arguments]
             shown([first, *arguments, "--print_config"])
