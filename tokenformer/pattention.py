@@ -5,10 +5,11 @@ Shapes: D channels (D_in, D_out), N parameter tokens.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from tokenformer.operator import (
     WEIGHT_SECOND_MOMENT,
@@ -64,9 +65,12 @@ class TokenSegment(_HasTau):
     """Parameter tokens that were added together: ``keys`` (N, D_in) and ``values`` (N, D_out).
 
     With ``own_norm`` the segment has a tau, and its scores are normalised by themselves; without, they are normalised
-    together with those of the segment before it. Calling it returns keys, values and the factor of its own norm or
-    None: a module that is called (and not just read) can be sharded on its own.
+    together with those of the segment before it. Those of an ``anchored`` segment are divided by the norm of the others
+    in whose norm they take no part: it has a buffer ``norm_weight``, which is 0. Calling a segment returns keys, values
+    and the factor of its own norm or None: a module that is called (and not just read) can be sharded on its own.
     """
+
+    norm_weight: Tensor | None
 
     def __init__(
         self,
@@ -75,9 +79,12 @@ class TokenSegment(_HasTau):
         out_features: int,
         own_norm: bool = False,
         learned: bool = False,
+        anchored: bool = False,
         **factory: Any,
     ) -> None:
         super().__init__(own_norm, learned, **factory)
+        # A tensor and not a flag, so that a state dict says it.
+        self.register_buffer("norm_weight", torch.zeros(1, device=factory.get("device")) if anchored else None)
         self.keys = nn.Parameter(torch.empty(num_tokens, in_features, **factory))
         self.values = nn.Parameter(torch.empty(num_tokens, out_features, **factory))
 
@@ -94,6 +101,23 @@ class TokenSegment(_HasTau):
         """N of this segment."""
         return len(self.keys)
 
+    @property
+    def is_anchored(self) -> bool:
+        """Whether its scores are divided by the norm of others."""
+        return self.norm_weight is not None
+
+
+class Operator(NamedTuple):
+    """Tokens under one norm, for `attend`: those of all segments, tau, and how many define the norm if not all do.
+
+    The anchored segments are behind the others.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    tau: Tensor
+    norm_tokens: int | None
+
 
 class Pattention(_HasTau):
     """A projection D_in -> D_out by attention over N parameter tokens; drop-in for ``nn.Linear`` without bias.
@@ -102,8 +126,8 @@ class Pattention(_HasTau):
     first segment and those after it without a norm of their own form one operator, with the layer's ``tau``; each
     segment with a norm of its own starts another one, with its ``tau``; the outputs are added.
 
-    The state dict holds ``tau`` (one element, float64), ``segments.{i}.keys|values``, and ``segments.{i}.tau`` where
-    the segment has its own norm. Loading one with other segments changes the layer to match, so a grown checkpoint
+    The state dict holds ``tau`` (one element, float64), ``segments.{i}.keys|values``, ``segments.{i}.tau`` where the
+    segment has its own norm, and ``segments.{i}.norm_weight`` (0) where it is anchored. Loading one with other segments changes the layer to match, so a grown checkpoint
     needs no other knowledge.
 
     Args:
@@ -164,6 +188,11 @@ class Pattention(_HasTau):
         segments: Any = self.segments
         return [segment.get_base_layer() if hasattr(segment, "get_base_layer") else segment for segment in segments]
 
+    @property
+    def has_anchored(self) -> bool:
+        """Whether some segment takes no part in its norm."""
+        return any(segment.is_anchored for segment in self._segments())
+
     def norm_groups(self) -> list[list[TokenSegment]]:
         """The segments, those that are normalised together in one list."""
         groups: list[list[TokenSegment]] = []
@@ -196,7 +225,8 @@ class Pattention(_HasTau):
         for i, group in enumerate(self.norm_groups()):
             tau = self.tau if i == 0 else group[0].tau
             assert tau is not None
-            taus.append((tau, default_tau(sum(segment.num_tokens for segment in group), self.score_norm)))
+            in_norm = sum(segment.num_tokens for segment in group if not segment.is_anchored)
+            taus.append((tau, default_tau(in_norm, self.score_norm)))
         return taus
 
     def learn_tau(self) -> None:
@@ -207,25 +237,37 @@ class Pattention(_HasTau):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
-        operators: list[tuple[list[Tensor], list[Tensor], Any]] = []
-        group = None
-        for segment in self.segments:
-            its_keys, its_values, scale = segment(None)  # peft's wrapper of a module wants to pass something on
-            if hasattr(its_keys, "device_mesh"):  # a DTensor: the tokens are divided among processes
-                group = its_keys.device_mesh.get_group()
-                its_keys, its_values = its_keys.to_local(), its_values.to_local()
-            if scale is not None or not operators:
-                operators.append(([], [], self.current_tau() if scale is None else scale))
-            operators[-1][0].append(its_keys)
-            operators[-1][1].append(its_values)
+        operators, group = self.operators()
         if group is not None:
             x = copy_to_group(x.to(autocast_dtype(x.device) or x.dtype), group)
         out = None
-        for keys, values, scale in operators:
-            added = attend(x, keys, values, scale, self.score_norm, group, self.recompute_scores)
+        for keys, values, tau, norm_tokens in operators:
+            added = attend(x, keys, values, tau, self.score_norm, group, self.recompute_scores, norm_tokens)
             out = added if out is None else out + added
         assert out is not None
         return out if group is None else sum_over_group(out, group)
+
+    def operators(self) -> tuple[list[Operator], ProcessGroup | None]:
+        """The tokens of each norm, and the processes among which they are divided: this one's share is given then."""
+        found: list[tuple[list[Tensor], list[Tensor], Any, list[int]]] = []
+        group = None
+        for segment, inner in zip(self.segments, self._segments(), strict=True):
+            keys, values, tau = segment(None)  # peft's wrapper of a module wants to pass something on
+            if hasattr(keys, "device_mesh"):  # a DTensor: the tokens are divided among processes
+                group = keys.device_mesh.get_group()
+                keys, values = keys.to_local(), values.to_local()
+            if tau is not None or not found:
+                found.append(([], [], self.current_tau() if tau is None else tau, []))
+            all_keys, all_values, _, in_norm = found[-1]
+            place = len(all_keys) if inner.is_anchored else len(in_norm)
+            all_keys.insert(place, keys)
+            all_values.insert(place, values)
+            if not inner.is_anchored:
+                in_norm.append(len(keys))
+        return [
+            Operator(keys, values, tau, sum(in_norm) if len(in_norm) < len(keys) else None)
+            for keys, values, tau, in_norm in found
+        ], group
 
     def extra_repr(self) -> str:  # noqa: D102
         return (
@@ -238,32 +280,33 @@ class Pattention(_HasTau):
 
         Segments that fit are kept. A state dict that knows nothing of this layer changes nothing.
         """
-        wanted: list[tuple[int, bool, bool]] = []  # tokens, own norm, own learned gain
+        wanted: list[tuple[int, bool, bool, bool]] = []  # tokens, own norm, own learned gain, anchored
         while (name := f"{prefix}segments.{len(wanted)}.keys") in shapes:
             start = name.removesuffix("keys")
             own_norm = f"{start}tau" in shapes
             learned = own_norm and (self.scale == "learned" or f"{start}tau_gain" in shapes)
-            wanted.append((shapes[name][0], own_norm, learned))
+            wanted.append((shapes[name][0], own_norm, learned, f"{start}norm_weight" in shapes))
         if not wanted:
             return
         if self.scale != "learned":
             has_gain = f"{prefix}tau_gain" in shapes
             if has_gain != (self.tau_gain is not None):
                 self.tau_gain = nn.Parameter(self._segments()[0].keys.new_zeros(1)) if has_gain else None
-        present = [(s.num_tokens, s.tau is not None, s.tau_gain is not None) for s in self._segments()]
+        present = [(s.num_tokens, s.tau is not None, s.tau_gain is not None, s.is_anchored) for s in self._segments()]
         fit = next((i for i, (a, b) in enumerate(zip(present, wanted, strict=False)) if a != b), len(wanted))
         first = self._segments()[0].keys
         del self.segments[fit:]
-        for num_tokens, own_norm, learned in wanted[len(self.segments) :]:
+        for num_tokens, *kind in wanted[len(self.segments) :]:
             factory = {"device": first.device, "dtype": first.dtype}
-            self.segments.append(
-                TokenSegment(num_tokens, self.in_features, self.out_features, own_norm, learned, **factory)
-            )
+            self.segments.append(TokenSegment(num_tokens, self.in_features, self.out_features, *kind, **factory))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         start = f"{prefix}segments."
         self.match({k: v.shape for k, v in state_dict.items() if k.startswith((start, f"{prefix}tau"))}, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name, weight in state_dict.items():
+            if name.startswith(start) and name.endswith(".norm_weight") and not weight.is_meta and weight.any():
+                raise ValueError(f"{name}={weight.item():g}: the scores of a segment count in the norm or not at all (0)")
 
 
 def value_std_for_rms(rms: float, num_tokens: int, score_norm: ScoreNorm = "l2_norm_gelu") -> float:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from lit_modules.strategies.fsdp2 import FSDP2
 from lit_modules.strategies.new_parameters import check_strategy, register_new_parameters
 from lit_modules.strategies.ranks import data_parallel_rank, require_equal_ranks
 from lit_modules.strategies.sharding import check_divisible
-from tokenformer.growth import Init, ScaleAfter, pattention_layers
+from tokenformer.growth import Init, ScaleAfter, matched_key_stds, measuring_scores, pattention_layers
 
 
 class GrowParameterTokens(Callback):
@@ -35,7 +36,8 @@ class GrowParameterTokens(Callback):
 
     Args:
         stages: when and how far, in order.
-        init: how new tokens start: zero_keys, segment_norm, pairs, split (all exact) or random (the paper's runs).
+        init: how new tokens start: zero_keys, anchored, segment_norm, pairs, split (all exact) or random (the paper's
+            runs).
         train: all, or new: freeze everything that is older than the last growth.
         schedule: restart: the learning rate has a new warm-up and decay in each stage; continue: as without growth.
         scale: tau after growth: fixed; anneal to sqrt(tokens) within `anneal_steps`; learned (a trained gain for layers
@@ -219,7 +221,8 @@ class GrowParameterTokens(Callback):
 
     def _grow(self, trainer: Trainer, module: TokenFormerModule, stage: Stage, batch: Any) -> None:
         start = time.perf_counter()
-        loss_before = self._probe(trainer, module, batch)
+        loss_before = self._look(trainer, module, module.probe_loss, batch)
+        key_stds = self._matched_key_stds(trainer, module, batch) if self.recipe.init == "anchored" else None
         averages = _averages(trainer)
         record = {
             "stage": self._applied(module) + 1,
@@ -227,7 +230,7 @@ class GrowParameterTokens(Callback):
             "tokens": self._counter(trainer).tokens,
             "flops": self._counter(trainer).flops,
             "anneal_until": trainer.global_step + self.anneal_steps if self.recipe.scale == "anneal" else 0,
-        } | grow_modules([module, *averages], stage, self.recipe)
+        } | grow_modules([module, *averages], stage, self.recipe, key_stds)
         require_equal_ranks(trainer.strategy, [grown.model for grown in (module, *averages)])
         module.growths = [*module.growths, record]
         freeze_old_tokens(module)
@@ -237,7 +240,7 @@ class GrowParameterTokens(Callback):
         self._best, self._bad = math.inf, 0
         self._set_lr_span(trainer, module)
         module.apply_learning_rate()
-        loss_after = self._probe(trainer, module, batch)
+        loss_after = self._look(trainer, module, module.probe_loss, batch)
         record |= {"loss_before": float(loss_before), "loss_after": float(loss_after)}
         record["seconds"] = time.perf_counter() - start
         self._counter(trainer).exclude(record["seconds"])
@@ -250,12 +253,19 @@ class GrowParameterTokens(Callback):
             f"{record['loss_before']:.6f} -> {record['loss_after']:.6f}, {record['seconds']:.2f} s"
         )
 
-    def _probe(self, trainer: Trainer, module: TokenFormerModule, batch: Any) -> Tensor:
+    def _matched_key_stds(self, trainer: Trainer, module: TokenFormerModule, batch: Any) -> dict[str, float]:
+        """Of all processes' batches, so that one process finds the same as several that share its batch."""
+        with measuring_scores(module.model) as sums:
+            self._look(trainer, module, module.batch_loss, batch)
+        everywhere = trainer.strategy.reduce(torch.stack(list(sums.values())), reduce_op="sum")
+        return matched_key_stds(module.model, dict(zip(sums, everywhere, strict=True)))
+
+    def _look(self, trainer: Trainer, module: TokenFormerModule, loss_of: Callable[[Any], Tensor], batch: Any) -> Tensor:
         """The loss of a batch, without a trace in the model."""
         training = module.model.training
         module.model.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-            loss = module.probe_loss(batch)
+            loss = loss_of(batch)
         module.model.train(training)
         if isinstance(trainer.strategy, FSDP2):
             trainer.strategy.reshard()
