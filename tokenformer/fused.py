@@ -203,9 +203,7 @@ def _gradients(
     return [c.T @ right if need else None for c, need in zip(columns, needed, strict=True)]
 
 
-def _norm_gelu_backward(
-    grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGroup | None, norm_tokens: int
-) -> Tensor:
+def _norm_gelu_backward(grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGroup | None, norm_tokens: int) -> Tensor:
     """Turn `grad` (T, N) from dL/dweights to |A| / tau * dL/dA, in place; return r / N (T, 1), at least float32."""
     torch.ops.aten.gelu_backward.grad_input(grad, z, grad_input=grad)  # dL/dz
     wide, num_tokens = torch.promote_types(z.dtype, torch.float32), z.shape[1]

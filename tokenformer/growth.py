@@ -2,17 +2,17 @@
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from tokenformer.net2net import divide
 from tokenformer.operator import default_tau
-from tokenformer.pattention import Pattention, TokenSegment
+from tokenformer.pattention import Pattention
+from tokenformer.segment import TokenSegment
 
 Init = Literal["zero_keys", "anchored", "segment_norm", "pairs", "split", "random"]
 ScaleAfter = Literal["fixed", "anneal", "learned", "current"]
@@ -70,7 +70,8 @@ def grow_layers(
 ) -> None:
     """:func:`grow`, by so many tokens for each layer (its name in the model).
 
-    `key_stds` are the standard deviations of the new keys of ``anchored``, by layer: see :func:`matched_key_stds`.
+    `key_stds` are the standard deviations of the new keys of ``anchored``, by layer
+    (:func:`tokenformer.matched_keys.matched_key_stds`).
     """
     found = pattention_layers(model)
     if scale not in get_args(ScaleAfter):
@@ -189,8 +190,8 @@ def append_tokens(
     """Append parameter tokens to one layer as a new segment. All kinds but ``random`` leave its function as it is.
 
     ``zero_keys``: keys 0, values N(0, value_std). New scores are 0, so the norm stays and GELU(0) = 0 (paper, App. B).
-    ``anchored``: values 0, keys N(0, `key_std`) whose scores are divided by the norm of the old ones, in which they take
-    no part, then or later: |A| is that of the tokens that are not anchored.
+    ``anchored``: values 0, keys N(0, `key_std`) whose scores are divided by the norm of the old ones and never count in
+    it: |A| is that of the tokens that are not anchored.
     ``segment_norm``: the new tokens have a norm and a tau of their own; keys N(0, key_std), values 0.
     ``pairs``: as `segment_norm`, but tokens come in pairs of equal key and opposite value N(0, value_std), that cancel.
     ``split``: all tokens copied (M a multiple of N), the values divided in random shares; tau grows by
@@ -202,8 +203,8 @@ def append_tokens(
         num_tokens: M, at least 1.
         init: the kind.
         generator: a CPU generator of what is random.
-        key_std: of ``anchored``: standard deviation of the keys, see :func:`matched_key_stds`. Default: twice the RMS
-            of the keys whose norm it is.
+        key_std: standard deviation of the keys of ``anchored`` (:func:`tokenformer.matched_keys.matched_key_stds`).
+            Default: twice the RMS of the keys whose norm it is.
 
     Raises:
         ValueError: see :func:`check_init`; for fewer than one token.
@@ -235,7 +236,7 @@ def append_tokens(
         new.values.copy_(normal(num_tokens, layer.out_features, layer.value_std))
     elif init == "anchored":
         if key_std is None:
-            in_norm = [segment.keys for segment in layer.norm_groups()[-1] if not segment.is_anchored]
+            in_norm: list[Tensor] = [segment.keys for segment in layer.norm_groups()[-1] if not segment.is_anchored]
             key_std = 0.0 if like.is_meta else 2 * float(torch.cat(in_norm).double().square().mean().sqrt())
         new.keys.copy_(normal(num_tokens, layer.in_features, key_std))
         new.values.zero_()
@@ -274,58 +275,10 @@ def anneal_taus(model: nn.Module, steps_left: int) -> None:
             tau += (goal - tau) / steps_left
 
 
-@contextmanager
-def measuring_scores(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Sums over what the Pattention layers of a model see meanwhile, by the layer's name: (2,) in float32.
-
-    The squares of the scores that make up the layer's (last) norm, per token; and those of the inputs.
-    """
-    sums: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def measure(name: str, layer: Pattention, x: Tensor) -> None:
-        operators, group = layer.operators()
-        keys = torch.cat(operators[-1].keys)[: operators[-1].norm_tokens].float()
-        x = x.reshape(-1, x.shape[-1]).float()
-        with torch.autocast(x.device.type, enabled=False):
-            score = (x @ keys.T).square().sum() / len(keys)
-        if group is not None:
-            distributed.all_reduce(score, group=group)
-            score /= group.size()
-        sums[name] = sums.get(name, 0) + torch.stack((score, x.square().sum()))
-
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, args, name=name: measure(name, layer, args[0]))
-        for name, layer in pattention_layers(model).items()
-    ]
-    try:
-        yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def matched_key_stds(model: nn.Module, sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """The standard deviation of normal keys whose scores have the RMS of the old ones, by the layer's name.
-
-    Three digits of it, so that it is the same wherever it is computed. Where scores are all zero: the layer's
-    `key_std`.
-
-    Args:
-        model: the model.
-        sums: what :func:`measuring_scores` has measured.
-    """
-    found = {}
-    for name, layer in pattention_layers(model).items():
-        scores, inputs = sums[name].tolist()
-        matched = math.sqrt(scores / inputs) if inputs > 0 else 0.0
-        found[name] = float(f"{matched:.3g}") if 0 < matched < math.inf else layer.key_std
-    return found
-
-
 def remove_segments(model: nn.Module, keep: int = 1) -> None:
-    """Leave each Pattention layer its first `keep` segments: the model from before the growths after them, to the bit
-    if those left the old tokens frozen.
+    """Leave each Pattention layer its first `keep` segments.
+
+    That is the model from before the growths after them, to the bit if those left the old tokens frozen.
 
     Raises:
         ValueError: when a segment would go in whose norm others take part, or `keep` is below 1. Nothing is changed
@@ -338,8 +291,8 @@ def remove_segments(model: nn.Module, keep: int = 1) -> None:
         for i, segment in enumerate(list(layer.segments)[keep:], keep):
             if segment.tau is None and not segment.is_anchored:
                 raise ValueError(
-                    f"keep={keep}: segment {i} of {name} shares its norm with those before it, which would change: only "
-                    "tokens of init: anchored, segment_norm and pairs can be removed"
+                    f"keep={keep}: segment {i} of {name} shares its norm with those before it, which would change: "
+                    "only tokens of init: anchored, segment_norm and pairs can be removed"
                 )
     for layer in found.values():
         del layer.segments[keep:]

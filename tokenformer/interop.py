@@ -150,8 +150,9 @@ def present_config(model: TokenFormerLM | TokenFormerViT) -> LMConfig | ViTConfi
 
 
 def precision(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """What a model's weights are in; tau, always float64, and what marks a segment do not count."""
-    return next(t.dtype for name, t in tensors.items() if t.is_floating_point() and not name.endswith((".tau", ".norm_weight")))
+    """What a model's weights are in; buffers, such as tau, which is always float64, do not count."""
+    buffers = (".tau", ".norm_weight")
+    return next(t.dtype for name, t in tensors.items() if t.is_floating_point() and not name.endswith(buffers))
 
 
 def consolidated_state(model: nn.Module) -> dict[str, Tensor]:

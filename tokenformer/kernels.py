@@ -38,9 +38,7 @@ def norm_gelu(scores: Tensor, tau: Tensor, factor: Tensor, norm_tokens: int) -> 
     weights = empty_scores(scores, scores.shape[1])
     largest = torch.finfo(scores.dtype).max
     with torch.cuda.device_of(scores):
-        _norm_gelu[(len(scores),)](
-            scores, tau, weights, factor, *_row(scores), norm_tokens, largest, **_tiles(scores)
-        )
+        _norm_gelu[(len(scores),)](scores, tau, weights, factor, *_row(scores), norm_tokens, largest, **_tiles(scores))
     return weights
 
 

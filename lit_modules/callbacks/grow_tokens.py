@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,8 @@ from lit_modules.strategies.fsdp2 import FSDP2
 from lit_modules.strategies.new_parameters import check_strategy, register_new_parameters
 from lit_modules.strategies.ranks import data_parallel_rank, require_equal_ranks
 from lit_modules.strategies.sharding import check_divisible
-from tokenformer.growth import Init, ScaleAfter, matched_key_stds, measuring_scores, pattention_layers
+from tokenformer.growth import Init, ScaleAfter, pattention_layers
+from tokenformer.matched_keys import matched_key_stds, measuring_scores
 
 
 class GrowParameterTokens(Callback):
@@ -36,8 +36,7 @@ class GrowParameterTokens(Callback):
 
     Args:
         stages: when and how far, in order.
-        init: how new tokens start: zero_keys, anchored, segment_norm, pairs, split (all exact) or random (the paper's
-            runs).
+        init: how new tokens start: zero_keys, anchored, segment_norm, pairs, split (all exact), random (the paper's).
         train: all, or new: freeze everything that is older than the last growth.
         schedule: restart: the learning rate has a new warm-up and decay in each stage; continue: as without growth.
         scale: tau after growth: fixed; anneal to sqrt(tokens) within `anneal_steps`; learned (a trained gain for layers
@@ -141,8 +140,7 @@ class GrowParameterTokens(Callback):
             steps.append(step)
         return past + steps
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, TokenFormerModule)
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if pl_module.learning_rate.scheduler is None and (self.schedule == "restart" or self.old_lr_scale != 1):
             raise ValueError(
                 f"schedule: {self.schedule} and old_lr_scale: {self.old_lr_scale} need the module's own optimizer; "
@@ -185,8 +183,7 @@ class GrowParameterTokens(Callback):
                 return callback
         raise ValueError("GrowParameterTokens needs the callback Throughput, which counts tokens and FLOPs")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, TokenFormerModule)
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         pending = self.stages[self._applied(pl_module) :]
         if not pending or (plateau := pending[0].on_plateau) is None:
             return
@@ -211,8 +208,7 @@ class GrowParameterTokens(Callback):
         assert stage.on_plateau is not None
         return self._bad >= stage.on_plateau.patience
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        assert isinstance(pl_module, TokenFormerModule)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
             return
         pending = self.stages[self._applied(pl_module) :]
@@ -260,7 +256,7 @@ class GrowParameterTokens(Callback):
         everywhere = trainer.strategy.reduce(torch.stack(list(sums.values())), reduce_op="sum")
         return matched_key_stds(module.model, dict(zip(sums, everywhere, strict=True)))
 
-    def _look(self, trainer: Trainer, module: TokenFormerModule, loss_of: Callable[[Any], Tensor], batch: Any) -> Tensor:
+    def _look(self, trainer: Trainer, module: TokenFormerModule, loss_of: Any, batch: Any) -> Tensor:
         """The loss of a batch, without a trace in the model."""
         training = module.model.training
         module.model.eval()

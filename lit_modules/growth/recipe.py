@@ -77,7 +77,7 @@ def grow_modules(
 ) -> dict[str, Any]:
     """Grow a TokenFormerModule, and averages of it alike; say what happened, for the history and `growth.csv`.
 
-    `key_stds` are those of :func:`tokenformer.growth.matched_key_stds`, for ``init: anchored``.
+    `key_stds` are those of :func:`tokenformer.matched_keys.matched_key_stds`, for ``init: anchored``.
     """
     model = modules[0].model
     params_before, old = model.num_params(), dict(model.named_parameters())

@@ -10,13 +10,12 @@ from tokenformer.growth import (
     anneal_taus,
     append_tokens,
     grow_layers,
-    matched_key_stds,
-    measuring_scores,
     pattention_layers,
     plan_growth,
     remove_segments,
     why_not_exact,
 )
+from tokenformer.matched_keys import matched_key_stds, measuring_scores
 from tokenformer.net2net import widen
 
 TINY = {"vocab_size": 100, "depth": 2, "dim": 32, "num_heads": 4, "qkv_tokens": 16, "proj_tokens": 24, "ffn_tokens": 64}
@@ -159,7 +158,7 @@ def test_anchored_scores_are_divided_by_the_norm_of_the_others():
     state = layer.state_dict()
     other.load_state_dict(state)
     assert torch.equal(other(x), layer(x))
-    with pytest.raises(ValueError, match=r"segments\.1\.norm_weight=0\.5: the scores of a segment count"):
+    with pytest.raises(ValueError, match=r"segments\.1\.norm_weight=0\.5: the scores count in the norm"):
         other.load_state_dict(state | {"segments.1.norm_weight": torch.tensor([0.5])})
 
 

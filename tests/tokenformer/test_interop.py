@@ -48,7 +48,9 @@ def grown(model, init):
 
 
 @pytest.mark.parametrize("scale", ["fixed", "learned", "current"])
-@pytest.mark.parametrize(("init", "segments"), [("zero_keys", 1), ("random", 1), ("segment_norm", 2), ("pairs", 2), ("anchored", 2)])
+@pytest.mark.parametrize(
+    ("init", "segments"), [("zero_keys", 1), ("random", 1), ("segment_norm", 2), ("pairs", 2), ("anchored", 2)]
+)
 def test_segments_are_joined_without_changing_the_function(init, segments, scale, tmp_path):
     model = grown(language_model(scale=scale).double(), init)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
