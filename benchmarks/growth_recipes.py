@@ -24,8 +24,9 @@ from datamodules.text import TextDataModule
 from lit_modules.optim.config import OptimConfig
 from lit_modules.optim.groups import adamw, param_groups
 from lit_modules.optim.schedule import lr_scheduler
-from tokenformer import LMConfig, TokenFormerLM, grow
-from tokenformer.growth import anneal_taus
+from tokenformer import LMConfig, TokenFormerLM
+from tokenformer.growth import anneal_taus, grow_layers, plan_growth
+from tokenformer.matched_keys import matched_key_stds, measuring_scores
 
 BASE_RATE = 4e-3
 SEQ_LEN, BATCH_SIZE = 96, 12
@@ -58,6 +59,7 @@ RECIPES = {
     "segment_norm, tau learned": ("learned", "segment_norm", "fixed"),
     "pairs, tau learned": ("learned", "pairs", "fixed"),
     "split, tau learned": ("learned", "split", "fixed"),
+    "anchored, tau learned": ("learned", "anchored", "fixed"),
 }
 
 
@@ -106,12 +108,14 @@ def trained_base(size: str, scale: str, seed: int) -> TokenFormerLM:
 def run(size: str, recipe: str, rate: float, seed: int) -> dict[str, object]:
     """Train, grow, train; a row of losses."""
     base_scale, init, scale = RECIPES[recipe]
-    sizes, factor, steps, _ = SIZES[size]
+    _, factor, steps, _ = SIZES[size]
     model = copy.deepcopy(trained_base(size, base_scale, seed))
     before = validation_loss(model)
     if init is not None:
-        counts = {kind: factor * sizes[f"{kind}_tokens"] for kind in ("qkv", "proj", "ffn")}
-        grow(model, **counts, init=init, scale=scale, seed=seed)  # type: ignore[arg-type]
+        with measuring_scores(model) as sums, torch.no_grad():
+            model.loss(*next(iter(_data(seed).train_dataloader())))
+        planned, stds = plan_growth(model, {}, factor=factor), matched_key_stds(model, sums)
+        grow_layers(model, planned, init=init, scale=scale, seed=seed, key_stds=stds)  # type: ignore[arg-type]
     after = validation_loss(model)
     train(model, rate, seed, steps, skip=steps, anneal_steps=steps // 2 if scale == "anneal" else 0)
     losses = {"before": before, "after": after, "end": validation_loss(model)}

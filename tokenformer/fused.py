@@ -29,6 +29,7 @@ def attend_l2_norm_gelu(
     tau: Tensor,
     group: ProcessGroup | None = None,
     recompute: bool = False,
+    norm_tokens: int | None = None,
 ) -> Tensor:
     """Attend to parameter tokens in several segments, which are normalised together; see `operator.attend`.
 
@@ -39,12 +40,15 @@ def attend_l2_norm_gelu(
         tau: one element.
         group: processes that share the tokens.
         recompute: whether scores are computed again in the backward pass, and not kept for it.
+        norm_tokens: |A| is the norm of the scores of so many tokens, the first ones; of all by default.
 
     Returns:
         (..., D_out).
     """
+    if norm_tokens is None:
+        norm_tokens = sum(len(segment) for segment in keys)
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return _plain(x, joined(keys), joined(values), tau)
+        return _plain(x, joined(keys), joined(values), tau, norm_tokens)
     x_TD = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling() and not _as_op(group):  # writing to columns of a buffer would break its graph
         keys, values = [joined(keys)], [joined(values)]
@@ -55,16 +59,17 @@ def attend_l2_norm_gelu(
     ):
         raise ValueError("l2_norm_gelu has no derivatives in torch.func and in forward mode: use torch.autograd.grad")
     if needs_grad:
-        out_TD = _L2NormGELU.apply(group, recompute, *tensors)
+        out_TD = _L2NormGELU.apply(group, recompute, norm_tokens, *tensors)
     else:
-        out_TD = _forward_or_op(group, x_TD, tau, keys, values)[0]
+        out_TD = _forward_or_op(group, x_TD, tau, keys, values, norm_tokens)[0]
     return out_TD.view(*x.shape[:-1], out_TD.shape[-1])
 
 
-def _plain(x: Tensor, keys: Tensor, values: Tensor, tau: Tensor) -> Tensor:
+def _plain(x: Tensor, keys: Tensor, values: Tensor, tau: Tensor, norm_tokens: int) -> Tensor:
     """The operator in torch's own words, of which a file consists: no code of ours, no buffer, any batch and length."""
     scores = x @ keys.T  # (..., N)
-    weights = F.gelu(scores * norm_factor(row_norm(scores), tau).to(scores.dtype))
+    norm = row_norm(_of_norm(scores, norm_tokens))
+    weights = F.gelu(scores * norm_factor(norm, tau).to(scores.dtype))
     return weights @ values
 
 
@@ -90,6 +95,11 @@ def row_norm(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
         distributed.all_reduce(norm.square_(), group=group)
         norm.sqrt_()
     return norm
+
+
+def _of_norm(rows: Tensor, norm_tokens: int) -> Tensor:
+    """The columns of a (T, N) buffer that define the norm."""
+    return rows if norm_tokens == rows.shape[-1] else rows[..., :norm_tokens]
 
 
 def smallest_norm(dtype: torch.dtype) -> float:
@@ -122,7 +132,12 @@ def _empty_scores(x: Tensor, keys: Sequence[Tensor], group: ProcessGroup | None)
 
 
 def _forward(
-    group: ProcessGroup | None, x: Tensor, tau: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+    group: ProcessGroup | None,
+    x: Tensor,
+    tau: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    norm_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out (T, D_out), kept (T, N), factor (T, 1) = tau / |A|). Allocates one T x N buffer that stays, `kept`.
 
@@ -133,9 +148,9 @@ def _forward(
     if uses_kernels(x, group):
         from tokenformer.kernels import norm_gelu
 
-        weights = norm_gelu(kept, tau, factor)
+        weights = norm_gelu(kept, tau, factor, norm_tokens)
     else:
-        norm = row_norm(kept, group)
+        norm = row_norm(_of_norm(kept, norm_tokens), group)
         wide_factor = ((tau.to(norm.dtype) + TINY_TAU) / norm).masked_fill_(norm < smallest_norm(norm.dtype), 0)
         wide_factor += 0 * norm  # NaN where the norm is infinite, not zeros in silence
         # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU. The clamp keeps
@@ -188,7 +203,7 @@ def _gradients(
     return [c.T @ right if need else None for c, need in zip(columns, needed, strict=True)]
 
 
-def _norm_gelu_backward(grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGroup | None) -> Tensor:
+def _norm_gelu_backward(grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGroup | None, norm_tokens: int) -> Tensor:
     """Turn `grad` (T, N) from dL/dweights to |A| / tau * dL/dA, in place; return r / N (T, 1), at least float32."""
     torch.ops.aten.gelu_backward.grad_input(grad, z, grad_input=grad)  # dL/dz
     wide, num_tokens = torch.promote_types(z.dtype, torch.float32), z.shape[1]
@@ -197,7 +212,8 @@ def _norm_gelu_backward(grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGrou
     r = torch.baddbmm(zero, grad.unsqueeze(1), z.unsqueeze(2), beta=0, alpha=1 / num_tokens).squeeze(2).to(wide)
     if group is not None:
         distributed.all_reduce(r, group=group)
-    grad.addcmul_(z, (r * (-num_tokens / (tau.to(r.dtype) + TINY_TAU) ** 2)).to(z.dtype))
+    along = (r * (-num_tokens / (tau.to(r.dtype) + TINY_TAU) ** 2)).to(z.dtype)
+    _of_norm(grad, norm_tokens).addcmul_(_of_norm(z, norm_tokens), along)
     return r
 
 
@@ -210,12 +226,14 @@ def _backward(
     tau: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
+    norm_tokens: int,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x, tau, keys and values, where `needed`; `kept` and `factor` are those of :func:`_forward`.
 
     Paper, App. A: with z = tau A / |A|, g = dL/dz and r = g . z per row,
-        dL/dA = (tau / |A|) (g - z r / tau^2),    dL/dtau = sum r / tau.
+        dL/dA = (tau / |A|) (g - z r / tau^2),    dL/dtau = sum r / tau;
+    of scores that the norm is not of, dL/dA = (tau / |A|) g.
     The factor tau / |A| belongs to a row, so it is applied to T x D matrices instead of T x N ones. Kernels have it for
     nothing while they write dL/dA, except in float16, whose range that may leave.
     """
@@ -229,7 +247,7 @@ def _backward(
         from tokenformer.kernels import norm_gelu_backward
 
         grad = _scores(grad_out, values, group)  # dL/dweights
-        weights, r, outside = norm_gelu_backward(grad, kept, tau, factor)
+        weights, r, outside = norm_gelu_backward(grad, kept, tau, factor, norm_tokens)
         grad_values = _gradients(weights, grad_out, values, needs_values)
         del weights  # before anything else is allocated
     else:
@@ -237,7 +255,7 @@ def _backward(
         grad_values = _gradients(weights, grad_out, values, needs_values)
         if needs_scores:
             grad = _write_products(grad_out, values, weights)  # over the weights
-            r = _norm_gelu_backward(grad, kept, tau, group)
+            r = _norm_gelu_backward(grad, kept, tau, group, norm_tokens)
     grad_x = grad_tau = None
     grad_keys: list[Tensor | None] = [None] * len(keys)
     if needs_tau:
@@ -250,7 +268,9 @@ def _backward(
     return [grad_x, grad_tau, *grad_keys, *grad_values]
 
 
-def _forward_shapes(x: Tensor, tau: Tensor, keys: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_shapes(
+    x: Tensor, tau: Tensor, keys: list[Tensor], values: list[Tensor], norm_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(len(x), values[0].shape[1]), _empty_scores(x, keys, None), x.new_empty(len(x), 1)
 
 
@@ -260,14 +280,14 @@ def _backward_op(*inputs: Any) -> list[Tensor]:
 
 
 def _backward_shapes(grad: Tensor, kept: Tensor | None, factor: Tensor, *inputs: Any) -> list[Tensor]:
-    x, tau, keys, values, needed = inputs
+    x, tau, keys, values, _, needed = inputs
     flat = (x, tau, *keys, *values)
     return [torch.empty_like(t) if need else grad.new_empty(0) for t, need in zip(flat, needed, strict=True)]
 
 
 # What torch.compile sees. (`torch.library.custom_op` is shorter, and each call takes 9 us more.)
 _LIBRARY = torch.library.Library("tokenformer", "DEF")
-_INPUTS = "Tensor x, Tensor tau, Tensor[] keys, Tensor[] values"
+_INPUTS = "Tensor x, Tensor tau, Tensor[] keys, Tensor[] values, SymInt norm_tokens"
 _LIBRARY.define(f"attend({_INPUTS}) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(f"attend_backward(Tensor grad, Tensor? kept, Tensor factor, {_INPUTS}, bool[] needed) -> Tensor[]")
 _LIBRARY.impl("attend", partial(_forward, None), "CompositeExplicitAutograd")
@@ -277,11 +297,16 @@ torch.library.register_fake("tokenformer::attend_backward", _backward_shapes, li
 
 
 def _forward_or_op(
-    group: ProcessGroup | None, x: Tensor, tau: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+    group: ProcessGroup | None,
+    x: Tensor,
+    tau: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    norm_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _as_op(group):
-        return torch.ops.tokenformer.attend(x, tau, keys, values)
-    return _forward(group, x, tau, keys, values)
+        return torch.ops.tokenformer.attend(x, tau, keys, values, norm_tokens)
+    return _forward(group, x, tau, keys, values, norm_tokens)
 
 
 class _L2NormGELU(torch.autograd.Function):
@@ -294,12 +319,18 @@ class _L2NormGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, group: ProcessGroup | None, recompute: bool, x: Tensor, tau: Tensor, *keys_and_values: Tensor
+        ctx: Any,
+        group: ProcessGroup | None,
+        recompute: bool,
+        norm_tokens: int,
+        x: Tensor,
+        tau: Tensor,
+        *keys_and_values: Tensor,
     ) -> Tensor:
         half = len(keys_and_values) // 2
         keys, values = list(keys_and_values[:half]), list(keys_and_values[half:])
-        out, kept, factor = _forward_or_op(group, x, tau, keys, values)
-        ctx.group = group
+        out, kept, factor = _forward_or_op(group, x, tau, keys, values, norm_tokens)
+        ctx.group, ctx.norm_tokens = group, norm_tokens
         ctx.save_for_backward(x, tau, factor, None if recompute else kept, *keys_and_values)
         return out
 
@@ -310,8 +341,11 @@ class _L2NormGELU(torch.autograd.Function):
             raise ValueError("create_graph=True: l2_norm_gelu has no second derivatives; gelu_l2_norm and softmax have")
         x, tau, factor, kept, *keys_and_values = ctx.saved_tensors
         half = len(keys_and_values) // 2
-        keys, values, needed = keys_and_values[:half], keys_and_values[half:], list(ctx.needs_input_grad[2:])
+        keys, values, needed = keys_and_values[:half], keys_and_values[half:], list(ctx.needs_input_grad[3:])
         if _as_op(ctx.group):
-            found = torch.ops.tokenformer.attend_backward(grad_out, kept, factor, x, tau, keys, values, needed)
-            return None, None, *(grad if need else None for grad, need in zip(found, needed, strict=True))
-        return None, None, *_backward(ctx.group, grad_out, kept, factor, x, tau, keys, values, needed)
+            found = torch.ops.tokenformer.attend_backward(
+                grad_out, kept, factor, x, tau, keys, values, ctx.norm_tokens, needed
+            )
+            return None, None, None, *(grad if need else None for grad, need in zip(found, needed, strict=True))
+        found = _backward(ctx.group, grad_out, kept, factor, x, tau, keys, values, ctx.norm_tokens, needed)
+        return None, None, None, *found

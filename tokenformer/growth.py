@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tokenformer.net2net import divide
 from tokenformer.operator import default_tau
-from tokenformer.pattention import Pattention, TokenSegment
+from tokenformer.pattention import Pattention
+from tokenformer.segment import TokenSegment
 
-Init = Literal["zero_keys", "random", "segment_norm", "pairs", "split"]
+Init = Literal["zero_keys", "anchored", "segment_norm", "pairs", "split", "random"]
 ScaleAfter = Literal["fixed", "anneal", "learned", "current"]
 
 # Which count of `grow` a layer follows, by the last part of its name.
@@ -65,8 +66,13 @@ def grow_layers(
     init: Init = "zero_keys",
     scale: ScaleAfter = "fixed",
     seed: int = 0,
+    key_stds: Mapping[str, float] | None = None,
 ) -> None:
-    """:func:`grow`, by so many tokens for each layer (its name in the model)."""
+    """:func:`grow`, by so many tokens for each layer (its name in the model).
+
+    `key_stds` are the standard deviations of the new keys of ``anchored``, by layer
+    (:func:`tokenformer.matched_keys.matched_key_stds`).
+    """
     found = pattention_layers(model)
     if scale not in get_args(ScaleAfter):
         raise ValueError(f"scale={scale!r}: choose one of {', '.join(get_args(ScaleAfter))}")
@@ -75,7 +81,7 @@ def grow_layers(
     for name, added in planned.items():
         layer = found[name]
         start = zlib.crc32(f"{seed}:{len(layer.segments)}:{name}".encode())
-        append_tokens(layer, added, init, torch.Generator().manual_seed(start))
+        append_tokens(layer, added, init, torch.Generator().manual_seed(start), (key_stds or {}).get(name))
         if scale == "learned":
             layer.learn_tau()
         elif scale == "current":
@@ -143,15 +149,18 @@ def check_init(layer: Pattention, added: int, init: Init, name: str) -> None:
     """Whether this kind of initialisation can add that many tokens to a layer.
 
     Raises:
-        ValueError: for an unknown kind, an odd count with ``pairs``, or a fraction of the layer with ``split``.
+        ValueError: for an unknown kind, an odd count with ``pairs``, a fraction of the layer with ``split``, or another
+            score normalisation than l2_norm_gelu with ``anchored``.
     """
     if init not in get_args(Init):
         raise ValueError(f"init={init!r}: choose one of {', '.join(get_args(Init))}")
     now = layer.num_tokens
     if init == "pairs" and added % 2:
         raise ValueError(f"init: pairs adds tokens two at a time, {name} would get {added}: ask for {now + added + 1}")
-    if init == "split" and len(layer.norm_groups()) > 1:
-        raise ValueError(f"init: split needs one common norm, {name} has {len(layer.norm_groups())}")
+    if init == "anchored" and layer.score_norm != "l2_norm_gelu":
+        raise ValueError(f"init: anchored needs score_norm l2_norm_gelu, {name} has {layer.score_norm}")
+    if init == "split" and (len(layer.norm_groups()) > 1 or layer.has_anchored):
+        raise ValueError(f"init: split needs one norm of all tokens, {name} has segments with another")
     if init == "split" and added % now:
         raise ValueError(
             f"init: split copies all {now} tokens of {name} a whole number of times: ask for "
@@ -172,22 +181,30 @@ def why_not_exact(init: Init, scale: ScaleAfter, score_norm: str) -> str | None:
 
 @torch.no_grad()
 def append_tokens(
-    layer: Pattention, num_tokens: int, init: Init = "zero_keys", generator: torch.Generator | None = None
+    layer: Pattention,
+    num_tokens: int,
+    init: Init = "zero_keys",
+    generator: torch.Generator | None = None,
+    key_std: float | None = None,
 ) -> None:
     """Append parameter tokens to one layer as a new segment. All kinds but ``random`` leave its function as it is.
 
     ``zero_keys``: keys 0, values N(0, value_std). New scores are 0, so the norm stays and GELU(0) = 0 (paper, App. B).
-    ``random``: keys N(0, key_std), values N(0, value_std): the paper's runs. Not exact.
+    ``anchored``: values 0, keys N(0, `key_std`) whose scores are divided by the norm of the old ones and never count in
+    it: |A| is that of the tokens that are not anchored.
     ``segment_norm``: the new tokens have a norm and a tau of their own; keys N(0, key_std), values 0.
     ``pairs``: as `segment_norm`, but tokens come in pairs of equal key and opposite value N(0, value_std), that cancel.
     ``split``: all tokens copied (M a multiple of N), the values divided in random shares; tau grows by
     sqrt((N + M) / N), as the norm does.
+    ``random``: keys N(0, key_std), values N(0, value_std): the paper's runs. Not exact.
 
     Args:
         layer: the layer to grow.
         num_tokens: M, at least 1.
         init: the kind.
         generator: a CPU generator of what is random.
+        key_std: standard deviation of the keys of ``anchored`` (:func:`tokenformer.matched_keys.matched_key_stds`).
+            Default: twice the RMS of the keys whose norm it is.
 
     Raises:
         ValueError: see :func:`check_init`; for fewer than one token.
@@ -204,6 +221,7 @@ def append_tokens(
         layer.out_features,
         own_norm,
         own_norm and layer.tau_gain is not None,
+        init == "anchored",
         device=like.device,
         dtype=like.dtype,
     )
@@ -216,6 +234,12 @@ def append_tokens(
     if init == "zero_keys":
         new.keys.zero_()
         new.values.copy_(normal(num_tokens, layer.out_features, layer.value_std))
+    elif init == "anchored":
+        if key_std is None:
+            in_norm: list[Tensor] = [segment.keys for segment in layer.norm_groups()[-1] if not segment.is_anchored]
+            key_std = 0.0 if like.is_meta else 2 * float(torch.cat(in_norm).double().square().mean().sqrt())
+        new.keys.copy_(normal(num_tokens, layer.in_features, key_std))
+        new.values.zero_()
     elif init == "random":
         new.keys.copy_(normal(num_tokens, layer.in_features, layer.key_std))
         new.values.copy_(normal(num_tokens, layer.out_features, layer.value_std))
@@ -249,3 +273,26 @@ def anneal_taus(model: nn.Module, steps_left: int) -> None:
     for layer in pattention_layers(model).values():
         for tau, goal in layer.default_taus():
             tau += (goal - tau) / steps_left
+
+
+def remove_segments(model: nn.Module, keep: int = 1) -> None:
+    """Leave each Pattention layer its first `keep` segments.
+
+    That is the model from before the growths after them, to the bit if those left the old tokens frozen.
+
+    Raises:
+        ValueError: when a segment would go in whose norm others take part, or `keep` is below 1. Nothing is changed
+            then.
+    """
+    if keep < 1:
+        raise ValueError(f"keep={keep}: a layer has at least one segment")
+    found = pattention_layers(model)
+    for name, layer in found.items():
+        for i, segment in enumerate(list(layer.segments)[keep:], keep):
+            if segment.tau is None and not segment.is_anchored:
+                raise ValueError(
+                    f"keep={keep}: segment {i} of {name} shares its norm with those before it, which would change: "
+                    "only tokens of init: anchored, segment_norm and pairs can be removed"
+                )
+    for layer in found.values():
+        del layer.segments[keep:]

@@ -150,14 +150,15 @@ def present_config(model: TokenFormerLM | TokenFormerViT) -> LMConfig | ViTConfi
 
 
 def precision(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """What a model's weights are in; tau, which is always float64, does not count."""
-    return next(t.dtype for name, t in tensors.items() if t.is_floating_point() and not name.endswith(".tau"))
+    """What a model's weights are in; buffers, such as tau, which is always float64, do not count."""
+    buffers = (".tau", ".norm_weight")
+    return next(t.dtype for name, t in tensors.items() if t.is_floating_point() and not name.endswith(buffers))
 
 
 def consolidated_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with parameter tokens that share a norm joined, (N, D) and (M, D) to (N + M, D), bits unchanged.
 
-    Segments with a norm of their own stay segments of their own: joined, they would be another function.
+    Segments with a norm of their own, or without a part in one, stay apart: joined, they would be another function.
     """
     state = dict(model.state_dict())
     for name, layer in pattention_layers(model).items():
@@ -168,8 +169,14 @@ def consolidated_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _joined_segments(layer: Pattention) -> dict[str, Tensor]:
+    alike = [
+        part
+        for group in layer.norm_groups()
+        for part in ([s for s in group if not s.is_anchored], [s for s in group if s.is_anchored])
+        if part
+    ]
     joined: dict[str, Tensor] = {}
-    for i, group in enumerate(layer.norm_groups()):
+    for i, group in enumerate(alike):
         first = group[0].state_dict()  # tau and its gain too, of a norm of its own
         tokens = {kind: torch.cat([getattr(s, kind).detach() for s in group]) for kind in ("keys", "values")}
         joined |= {f"{i}.{key}": tensor for key, tensor in (first | tokens).items()}

@@ -30,21 +30,20 @@ def empty_scores(like: Tensor, N: int) -> Tensor:
     return like.new_empty(len(like), -(-N // 16) * 16)[:, :N]
 
 
-def norm_gelu(scores: Tensor, tau: Tensor, factor: Tensor) -> Tensor:
+def norm_gelu(scores: Tensor, tau: Tensor, factor: Tensor, norm_tokens: int) -> Tensor:
     """Weights gelu(tau A / |A|) of scores A (T, N). Writes tau / |A|, 0 for a zero row, to `factor` (T, 1).
 
-    All (T, N) here are from :func:`empty_scores`.
+    |A| is the norm of the first `norm_tokens` columns. All (T, N) here are from :func:`empty_scores`.
     """
     weights = empty_scores(scores, scores.shape[1])
+    largest = torch.finfo(scores.dtype).max
     with torch.cuda.device_of(scores):
-        _norm_gelu[(len(scores),)](
-            scores, tau, weights, factor, *_row(scores), torch.finfo(scores.dtype).max, **_tiles(scores)
-        )
+        _norm_gelu[(len(scores),)](scores, tau, weights, factor, *_row(scores), norm_tokens, largest, **_tiles(scores))
     return weights
 
 
 def norm_gelu_backward(
-    grad: Tensor, scores: Tensor, tau: Tensor, factor: Tensor
+    grad: Tensor, scores: Tensor, tau: Tensor, factor: Tensor, norm_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Turn `grad` (T, N) from dL/dweights to dL/dA, in place.
 
@@ -53,6 +52,7 @@ def norm_gelu_backward(
         scores: A, which it had and left.
         tau: as it had it.
         factor: what it wrote.
+        norm_tokens: as it had it.
 
     Returns:
         The weights again (T, N); r / N (T, 1) in float32, where r is the dot product of z = tau A / |A| and dL/dz; what
@@ -63,7 +63,7 @@ def norm_gelu_backward(
     r = torch.empty_like(factor, dtype=torch.float32)
     with torch.cuda.device_of(scores):
         _norm_gelu_backward[(len(scores),)](
-            grad, scores, tau, factor, weights, r, *_row(scores), outside, **_tiles(scores)
+            grad, scores, tau, factor, weights, r, *_row(scores), norm_tokens, outside, **_tiles(scores)
         )
     return weights, r, factor if outside else None
 
@@ -94,15 +94,15 @@ def _tiles(scores: Tensor) -> dict[str, int]:
 
 
 @triton.jit
-def _norm_gelu(scores, tau, weights, factor, N, stride, LARGEST, TILE: tl.constexpr):
+def _norm_gelu(scores, tau, weights, factor, N, stride, norm_tokens, LARGEST, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)  # T x N may be more than 2^31
     scores += row * stride
     weights += row * stride
     squares = tl.zeros([TILE], tl.float32)
-    for start in range(0, N, TILE):
+    for start in range(0, norm_tokens, TILE):
         columns = start + tl.arange(0, TILE)
         a = tl.load(scores + columns, mask=columns < stride, eviction_policy="evict_last").to(tl.float32)
-        squares += tl.where(columns < N, a * a, 0)  # behind N is anything
+        squares += tl.where(columns < norm_tokens, a * a, 0)
     norm = tl.sqrt(tl.sum(squares))
     # The clamp keeps the factor of a tiny row finite in float16.
     seen = norm >= SMALLEST_NORM
@@ -119,7 +119,9 @@ def _norm_gelu(scores, tau, weights, factor, N, stride, LARGEST, TILE: tl.conste
 
 
 @triton.jit
-def _norm_gelu_backward(grad, scores, tau, factor, weights, r, N, stride, OUTSIDE: tl.constexpr, TILE: tl.constexpr):
+def _norm_gelu_backward(
+    grad, scores, tau, factor, weights, r, N, stride, norm_tokens, OUTSIDE: tl.constexpr, TILE: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     grad += row * stride
     scores += row * stride
@@ -147,7 +149,7 @@ def _norm_gelu_backward(grad, scores, tau, factor, weights, r, N, stride, OUTSID
         inside = columns < stride
         a = tl.load(scores + columns, mask=inside, eviction_policy="evict_first").to(tl.float32)
         g = tl.load(grad + columns, mask=inside, eviction_policy="evict_first").to(tl.float32)
-        tl.store(grad + columns, last * (g - along * a), mask=inside)
+        tl.store(grad + columns, last * (g - tl.where(columns < norm_tokens, along * a, 0)), mask=inside)
 
 
 @triton.jit

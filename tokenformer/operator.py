@@ -67,18 +67,20 @@ def attend(
     score_norm: ScoreNorm,
     group: ProcessGroup | None = None,
     recompute: bool = False,
+    norm_tokens: int | None = None,
 ) -> Tensor:
     """:func:`pattention` to parameter tokens in several segments, which are normalised together.
 
     With a `group` of processes, these are the process's share of the tokens, as many as each other one's, x is the same
     in all of them, and the result and its gradient for x are what these tokens add. With `recompute` (only
-    l2_norm_gelu) no scores are kept for the backward pass, which computes them again: a matrix product more.
+    l2_norm_gelu) no scores are kept for the backward pass, which computes them again: a matrix product more. With
+    `norm_tokens` (only l2_norm_gelu) |A| is the norm of the scores of so many tokens, the first ones.
     """
     if (dtype := autocast_dtype(x.device)) is None:
-        return _as_given(x, keys, values, scale, score_norm, group, recompute)
+        return _as_given(x, keys, values, scale, score_norm, group, recompute, norm_tokens)
     with torch.autocast(x.device.type, enabled=False):  # the operator chooses its own precisions
         keys, values = ([tokens.to(dtype) for tokens in segments] for segments in (keys, values))
-        return _as_given(x.to(dtype), keys, values, scale, score_norm, group, recompute)
+        return _as_given(x.to(dtype), keys, values, scale, score_norm, group, recompute, norm_tokens)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -96,14 +98,17 @@ def _as_given(
     score_norm: ScoreNorm,
     group: ProcessGroup | None,
     recompute: bool,
+    norm_tokens: int | None,
 ) -> Tensor:
     if score_norm == "l2_norm_gelu":
         tau = scale if isinstance(scale, Tensor) else torch.full((1,), scale, dtype=torch.float64, device=x.device)
-        return attend_l2_norm_gelu(x, keys, values, tau, group, recompute)
+        return attend_l2_norm_gelu(x, keys, values, tau, group, recompute, norm_tokens)
     if group is not None:
         raise ValueError(f"score_norm={score_norm!r}: only l2_norm_gelu divides its tokens among devices")
     if recompute:
         raise ValueError(f"score_norm={score_norm!r}: only l2_norm_gelu computes its scores again")
+    if norm_tokens is not None:
+        raise ValueError(f"score_norm={score_norm!r}: only l2_norm_gelu has a norm of a part of the tokens")
     scores = x @ joined(keys).T  # (..., N)
     if score_norm == "softmax":
         weights = scores.softmax(-1) * scale  # subtracts the row's maximum, so it can't overflow

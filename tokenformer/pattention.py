@@ -5,10 +5,11 @@ Shapes: D channels (D_in, D_out), N parameter tokens.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from tokenformer.operator import (
     WEIGHT_SECOND_MOMENT,
@@ -18,93 +19,33 @@ from tokenformer.operator import (
     default_tau,
 )
 from tokenformer.process_group import copy_to_group, sum_over_group
+from tokenformer.segment import HasTau, TokenSegment
 
 TauMode = Literal["fixed", "learned", "current"]
 
-# d(log tau) / d(gain): Adam moves `tau_gain` by about one learning rate a step, a tenth of what log tau may need.
-TAU_GAIN_RATE = 10.0
 
+class Operator(NamedTuple):
+    """Tokens under one norm, for `attend`: those of all segments, tau, and how many define the norm if not all do.
 
-class _HasTau(nn.Module):
-    """What has a tau of its own: a buffer of one element, always float64, times exp(10 * `tau_gain`) where learned."""
-
-    tau: Tensor | None
-    tau_gain: nn.Parameter | None
-
-    def __init__(self, has_tau: bool, learned: bool, device: Any = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.register_buffer("tau", torch.empty(1, dtype=torch.float64, device=device) if has_tau else None)
-        gain = nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if has_tau and learned else None
-        self.register_parameter("tau_gain", gain)  # one element and not a 0-dim tensor, which FSDP2 refuses
-
-    def current_tau(self) -> Tensor | None:
-        if self.tau is None or self.tau_gain is None:
-            return self.tau
-        return self.tau * torch.exp(TAU_GAIN_RATE * self.tau_gain)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "_HasTau":
-        # `.half()` or `.bfloat16()` must not round tau: it stays in float64 (float32 where the device has none).
-        before = self.tau
-        super()._apply(fn, recurse)
-        if before is not None and self.tau is not None:
-            wide = torch.float32 if self.tau.device.type == "mps" else torch.float64
-            source = self.tau if before.is_meta else before
-            self.tau = source.to(device=self.tau.device, dtype=wide)
-        return self
-
-
-class _AnyNames(nn.ModuleDict):
-    """A ModuleDict whose entries may have the names of its methods: an entry is found by `[name]` all the same."""
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        self._modules[name] = module  # type: ignore[assignment]
-
-
-class TokenSegment(_HasTau):
-    """Parameter tokens that were added together: ``keys`` (N, D_in) and ``values`` (N, D_out).
-
-    With ``own_norm`` the segment has a tau, and its scores are normalised by themselves; without, they are normalised
-    together with those of the segment before it. Calling it returns keys, values and the factor of its own norm or
-    None: a module that is called (and not just read) can be sharded on its own.
+    The anchored segments are behind the others.
     """
 
-    def __init__(
-        self,
-        num_tokens: int,
-        in_features: int,
-        out_features: int,
-        own_norm: bool = False,
-        learned: bool = False,
-        **factory: Any,
-    ) -> None:
-        super().__init__(own_norm, learned, **factory)
-        self.keys = nn.Parameter(torch.empty(num_tokens, in_features, **factory))
-        self.values = nn.Parameter(torch.empty(num_tokens, out_features, **factory))
-
-    def forward(self, _: None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: D102
-        return self.keys, self.values, self.current_tau()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # `torch.nn.utils.parametrize`, by which peft adds LoRA, puts what it does to a parameter into a ModuleDict by
-        # the parameter's name, and a ModuleDict takes no `keys` or `values`.
-        super().__setattr__(name, _AnyNames() if name == "parametrizations" else value)
-
-    @property
-    def num_tokens(self) -> int:
-        """N of this segment."""
-        return len(self.keys)
+    keys: list[Tensor]
+    values: list[Tensor]
+    tau: Tensor
+    norm_tokens: int | None
 
 
-class Pattention(_HasTau):
+class Pattention(HasTau):
     """A projection D_in -> D_out by attention over N parameter tokens; drop-in for ``nn.Linear`` without bias.
 
     The tokens are a list of segments. Growing appends one and leaves the others alone, optimizer state included. The
     first segment and those after it without a norm of their own form one operator, with the layer's ``tau``; each
     segment with a norm of its own starts another one, with its ``tau``; the outputs are added.
 
-    The state dict holds ``tau`` (one element, float64), ``segments.{i}.keys|values``, and ``segments.{i}.tau`` where
-    the segment has its own norm. Loading one with other segments changes the layer to match, so a grown checkpoint
-    needs no other knowledge.
+    The state dict holds ``tau`` (one element, float64), ``segments.{i}.keys|values``, ``segments.{i}.tau`` where the
+    segment has its own norm, and ``segments.{i}.norm_weight`` (0) where it is anchored. Loading one with other segments
+    changes the layer to match, so a grown checkpoint needs no other knowledge.
 
     Args:
         in_features: D_in.
@@ -164,6 +105,11 @@ class Pattention(_HasTau):
         segments: Any = self.segments
         return [segment.get_base_layer() if hasattr(segment, "get_base_layer") else segment for segment in segments]
 
+    @property
+    def has_anchored(self) -> bool:
+        """Whether some segment takes no part in its norm."""
+        return any(segment.is_anchored for segment in self._segments())
+
     def norm_groups(self) -> list[list[TokenSegment]]:
         """The segments, those that are normalised together in one list."""
         groups: list[list[TokenSegment]] = []
@@ -196,7 +142,8 @@ class Pattention(_HasTau):
         for i, group in enumerate(self.norm_groups()):
             tau = self.tau if i == 0 else group[0].tau
             assert tau is not None
-            taus.append((tau, default_tau(sum(segment.num_tokens for segment in group), self.score_norm)))
+            in_norm = sum(segment.num_tokens for segment in group if not segment.is_anchored)
+            taus.append((tau, default_tau(in_norm, self.score_norm)))
         return taus
 
     def learn_tau(self) -> None:
@@ -207,25 +154,37 @@ class Pattention(_HasTau):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
-        operators: list[tuple[list[Tensor], list[Tensor], Any]] = []
-        group = None
-        for segment in self.segments:
-            its_keys, its_values, scale = segment(None)  # peft's wrapper of a module wants to pass something on
-            if hasattr(its_keys, "device_mesh"):  # a DTensor: the tokens are divided among processes
-                group = its_keys.device_mesh.get_group()
-                its_keys, its_values = its_keys.to_local(), its_values.to_local()
-            if scale is not None or not operators:
-                operators.append(([], [], self.current_tau() if scale is None else scale))
-            operators[-1][0].append(its_keys)
-            operators[-1][1].append(its_values)
+        operators, group = self.operators()
         if group is not None:
             x = copy_to_group(x.to(autocast_dtype(x.device) or x.dtype), group)
         out = None
-        for keys, values, scale in operators:
-            added = attend(x, keys, values, scale, self.score_norm, group, self.recompute_scores)
+        for keys, values, tau, norm_tokens in operators:
+            added = attend(x, keys, values, tau, self.score_norm, group, self.recompute_scores, norm_tokens)
             out = added if out is None else out + added
         assert out is not None
         return out if group is None else sum_over_group(out, group)
+
+    def operators(self) -> tuple[list[Operator], ProcessGroup | None]:
+        """The tokens of each norm, and the processes among which they are divided: this one's share is given then."""
+        found: list[tuple[list[Tensor], list[Tensor], Any, list[int]]] = []
+        group = None
+        for segment, inner in zip(self.segments, self._segments(), strict=True):
+            keys, values, tau = segment(None)  # peft's wrapper of a module wants to pass something on
+            if hasattr(keys, "device_mesh"):  # a DTensor: the tokens are divided among processes
+                group = keys.device_mesh.get_group()
+                keys, values = keys.to_local(), values.to_local()
+            if tau is not None or not found:
+                found.append(([], [], self.current_tau() if tau is None else tau, []))
+            all_keys, all_values, _, in_norm = found[-1]
+            place = len(all_keys) if inner.is_anchored else len(in_norm)
+            all_keys.insert(place, keys)
+            all_values.insert(place, values)
+            if not inner.is_anchored:
+                in_norm.append(len(keys))
+        return [
+            Operator(keys, values, tau, sum(in_norm) if len(in_norm) < len(keys) else None)
+            for keys, values, tau, in_norm in found
+        ], group
 
     def extra_repr(self) -> str:  # noqa: D102
         return (
@@ -238,32 +197,33 @@ class Pattention(_HasTau):
 
         Segments that fit are kept. A state dict that knows nothing of this layer changes nothing.
         """
-        wanted: list[tuple[int, bool, bool]] = []  # tokens, own norm, own learned gain
+        wanted: list[tuple[int, bool, bool, bool]] = []  # tokens, own norm, own learned gain, anchored
         while (name := f"{prefix}segments.{len(wanted)}.keys") in shapes:
             start = name.removesuffix("keys")
             own_norm = f"{start}tau" in shapes
             learned = own_norm and (self.scale == "learned" or f"{start}tau_gain" in shapes)
-            wanted.append((shapes[name][0], own_norm, learned))
+            wanted.append((shapes[name][0], own_norm, learned, f"{start}norm_weight" in shapes))
         if not wanted:
             return
         if self.scale != "learned":
             has_gain = f"{prefix}tau_gain" in shapes
             if has_gain != (self.tau_gain is not None):
                 self.tau_gain = nn.Parameter(self._segments()[0].keys.new_zeros(1)) if has_gain else None
-        present = [(s.num_tokens, s.tau is not None, s.tau_gain is not None) for s in self._segments()]
+        present = [(s.num_tokens, s.tau is not None, s.tau_gain is not None, s.is_anchored) for s in self._segments()]
         fit = next((i for i, (a, b) in enumerate(zip(present, wanted, strict=False)) if a != b), len(wanted))
         first = self._segments()[0].keys
         del self.segments[fit:]
-        for num_tokens, own_norm, learned in wanted[len(self.segments) :]:
-            factory = {"device": first.device, "dtype": first.dtype}
-            self.segments.append(
-                TokenSegment(num_tokens, self.in_features, self.out_features, own_norm, learned, **factory)
-            )
+        for num_tokens, *kind in wanted[len(self.segments) :]:
+            factory: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
+            self.segments.append(TokenSegment(num_tokens, self.in_features, self.out_features, *kind, **factory))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         start = f"{prefix}segments."
         self.match({k: v.shape for k, v in state_dict.items() if k.startswith((start, f"{prefix}tau"))}, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name, weight in state_dict.items():
+            if name.startswith(start) and name.endswith(".norm_weight") and not weight.is_meta and weight.any():
+                raise ValueError(f"{name}={weight.item():g}: scores count in the norm, or not at all (0)")
 
 
 def value_std_for_rms(rms: float, num_tokens: int, score_norm: ScoreNorm = "l2_norm_gelu") -> float:

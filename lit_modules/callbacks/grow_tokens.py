@@ -24,6 +24,7 @@ from lit_modules.strategies.new_parameters import check_strategy, register_new_p
 from lit_modules.strategies.ranks import data_parallel_rank, require_equal_ranks
 from lit_modules.strategies.sharding import check_divisible
 from tokenformer.growth import Init, ScaleAfter, pattention_layers
+from tokenformer.matched_keys import matched_key_stds, measuring_scores
 
 
 class GrowParameterTokens(Callback):
@@ -35,7 +36,7 @@ class GrowParameterTokens(Callback):
 
     Args:
         stages: when and how far, in order.
-        init: how new tokens start: zero_keys, segment_norm, pairs, split (all exact) or random (the paper's runs).
+        init: how new tokens start: zero_keys, anchored, segment_norm, pairs, split (all exact), random (the paper's).
         train: all, or new: freeze everything that is older than the last growth.
         schedule: restart: the learning rate has a new warm-up and decay in each stage; continue: as without growth.
         scale: tau after growth: fixed; anneal to sqrt(tokens) within `anneal_steps`; learned (a trained gain for layers
@@ -139,8 +140,7 @@ class GrowParameterTokens(Callback):
             steps.append(step)
         return past + steps
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, TokenFormerModule)
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if pl_module.learning_rate.scheduler is None and (self.schedule == "restart" or self.old_lr_scale != 1):
             raise ValueError(
                 f"schedule: {self.schedule} and old_lr_scale: {self.old_lr_scale} need the module's own optimizer; "
@@ -183,8 +183,7 @@ class GrowParameterTokens(Callback):
                 return callback
         raise ValueError("GrowParameterTokens needs the callback Throughput, which counts tokens and FLOPs")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, TokenFormerModule)
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         pending = self.stages[self._applied(pl_module) :]
         if not pending or (plateau := pending[0].on_plateau) is None:
             return
@@ -209,8 +208,7 @@ class GrowParameterTokens(Callback):
         assert stage.on_plateau is not None
         return self._bad >= stage.on_plateau.patience
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        assert isinstance(pl_module, TokenFormerModule)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
             return
         pending = self.stages[self._applied(pl_module) :]
@@ -219,7 +217,8 @@ class GrowParameterTokens(Callback):
 
     def _grow(self, trainer: Trainer, module: TokenFormerModule, stage: Stage, batch: Any) -> None:
         start = time.perf_counter()
-        loss_before = self._probe(trainer, module, batch)
+        loss_before = self._look(trainer, module, module.probe_loss, batch)
+        key_stds = self._matched_key_stds(trainer, module, batch) if self.recipe.init == "anchored" else None
         averages = _averages(trainer)
         record = {
             "stage": self._applied(module) + 1,
@@ -227,7 +226,7 @@ class GrowParameterTokens(Callback):
             "tokens": self._counter(trainer).tokens,
             "flops": self._counter(trainer).flops,
             "anneal_until": trainer.global_step + self.anneal_steps if self.recipe.scale == "anneal" else 0,
-        } | grow_modules([module, *averages], stage, self.recipe)
+        } | grow_modules([module, *averages], stage, self.recipe, key_stds)
         require_equal_ranks(trainer.strategy, [grown.model for grown in (module, *averages)])
         module.growths = [*module.growths, record]
         freeze_old_tokens(module)
@@ -237,7 +236,7 @@ class GrowParameterTokens(Callback):
         self._best, self._bad = math.inf, 0
         self._set_lr_span(trainer, module)
         module.apply_learning_rate()
-        loss_after = self._probe(trainer, module, batch)
+        loss_after = self._look(trainer, module, module.probe_loss, batch)
         record |= {"loss_before": float(loss_before), "loss_after": float(loss_after)}
         record["seconds"] = time.perf_counter() - start
         self._counter(trainer).exclude(record["seconds"])
@@ -250,12 +249,19 @@ class GrowParameterTokens(Callback):
             f"{record['loss_before']:.6f} -> {record['loss_after']:.6f}, {record['seconds']:.2f} s"
         )
 
-    def _probe(self, trainer: Trainer, module: TokenFormerModule, batch: Any) -> Tensor:
+    def _matched_key_stds(self, trainer: Trainer, module: TokenFormerModule, batch: Any) -> dict[str, float]:
+        """Of all processes' batches, so that one process finds the same as several that share its batch."""
+        with measuring_scores(module.model) as sums:
+            self._look(trainer, module, module.batch_loss, batch)
+        everywhere = trainer.strategy.reduce(torch.stack(list(sums.values())), reduce_op="sum")
+        return matched_key_stds(module.model, dict(zip(sums, everywhere, strict=True)))
+
+    def _look(self, trainer: Trainer, module: TokenFormerModule, loss_of: Any, batch: Any) -> Tensor:
         """The loss of a batch, without a trace in the model."""
         training = module.model.training
         module.model.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-            loss = module.probe_loss(batch)
+            loss = loss_of(batch)
         module.model.train(training)
         if isinstance(trainer.strategy, FSDP2):
             trainer.strategy.reshard()

@@ -22,7 +22,7 @@ def write_growths(path: Path, growths: list[dict[str, Any]]) -> None:
     if not growths:
         path.unlink(missing_ok=True)  # of growths after the checkpoint from which the run is resumed
         return
-    columns = [name for name in growths[0] if name not in ("asked", "new", "anneal_until")]
+    columns = [name for name in growths[0] if name not in ("key_stds", "asked", "new", "anneal_until")]
     write_if_possible(path, lambda: write_rows(path, columns, growths))
 
 

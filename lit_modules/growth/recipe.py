@@ -72,8 +72,13 @@ def _planned(model: Any, stage: Stage, recipe: Recipe) -> dict[str, int]:
     return planned
 
 
-def grow_modules(modules: Sequence[Any], stage: Stage, recipe: Recipe) -> dict[str, Any]:
-    """Grow a TokenFormerModule, and averages of it alike; say what happened, for the history and `growth.csv`."""
+def grow_modules(
+    modules: Sequence[Any], stage: Stage, recipe: Recipe, key_stds: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """Grow a TokenFormerModule, and averages of it alike; say what happened, for the history and `growth.csv`.
+
+    `key_stds` are those of :func:`tokenformer.matched_keys.matched_key_stds`, for ``init: anchored``.
+    """
     model = modules[0].model
     params_before, old = model.num_params(), dict(model.named_parameters())
     before = {name: layer.num_tokens for name, layer in pattention_layers(model).items()}
@@ -82,7 +87,9 @@ def grow_modules(modules: Sequence[Any], stage: Stage, recipe: Recipe) -> dict[s
         planned = _planned(model, stage, recipe)
     for module in modules:
         if stage.width is None:
-            grow_layers(module.model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed)
+            grow_layers(
+                module.model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed, key_stds=key_stds
+            )
         else:
             module.set_model(widen(module.model, stage.width, recipe.seed))
     after = before | {name: before[name] + added for name, added in planned.items()}
@@ -95,6 +102,7 @@ def grow_modules(modules: Sequence[Any], stage: Stage, recipe: Recipe) -> dict[s
         **{f"{kind}_after": count for kind, count in count_by_kind(after).items()},
         "params_before": params_before,
         "params_after": modules[0].model.num_params(),
+        "key_stds": {name: std for name, std in (key_stds or {}).items() if name in planned},
         "asked": asdict(stage),
         "new": [name for name, _ in modules[0].model.named_parameters() if name not in old],
     }

@@ -20,7 +20,7 @@ from tests.integration.tiny import rows, write_config
 # (options of the command line, arguments of the callback)
 VARIANTS = {
     "plain": ([], {}),
-    "random values come from nowhere else": (["--model.config.init=scaled"], {"init": "segment_norm"}),
+    "random values come from nowhere else": (["--model.config.init=scaled"], {"init": "anchored"}),
     "EMA, accumulation, bf16-mixed": (
         [
             "--trainer.callbacks+=EMA",
@@ -125,7 +125,7 @@ TWO = {
         ],
         {},
     ),
-    "ddp, only the new": ([*DDP, *SHALLOW], {"train": "new"}),
+    "ddp, only the new": ([*DDP, *SHALLOW], {"train": "new", "init": "anchored"}),
     "fsdp2": (FSDP2, {}),
     "fsdp2, recomputed activations, bf16-mixed": (
         [*FSDP2, *SHALLOW, "--model.checkpoint_activations=true", "--trainer.precision=bf16-mixed"],
@@ -139,7 +139,7 @@ TWO = {
     ),
     "fsdp2, full": (FULL, {}),
     "fsdp2, full, EMA": ([*FULL, *EMA], {}),
-    "fsdp2, full, only the new": ([*FULL, *SHALLOW], {"train": "new"}),
+    "fsdp2, full, only the new": ([*FULL, *SHALLOW], {"train": "new", "init": "anchored"}),
 }
 
 
@@ -225,6 +225,18 @@ def test_strategies_and_numbers_of_processes_agree(in_two_processes, corpus, tmp
     run_in_processes([fit(config, tmp_path / "2", *on_one, resume=sharded)], 1)
     for run in ("0", "1", "2"):
         assert difference(one, tmp_path / run) < 1e-5, run
+
+
+def test_scores_are_matched_to_those_of_all_processes(in_two_processes, corpus, tmp_path):
+    config = config_of(tmp_path, corpus, train="new", init="anchored")
+    main(fit(config, tmp_path / "one", *SHALLOW))
+    two = [in_two_processes / name / "whole" for name in ("ddp, only the new", "fsdp2, full, only the new")]
+    stds = []
+    for run in (tmp_path / "one", *two):
+        assert difference(tmp_path / "one", run) < 1e-5
+        stds.append([growth["key_stds"] for growth in torch.load(checkpoint_of(run, 14), weights_only=True)["growths"]])
+    assert stds[0] == stds[1] == stds[2]
+    assert len(stds[0][0]) == 5
 
 
 def test_a_chain_of_strategies_ends_as_one_process(in_two_processes, corpus, tmp_path):

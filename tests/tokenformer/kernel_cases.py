@@ -46,7 +46,7 @@ def test_one_row_is_that_of_torch_and_no_other_is_touched(N):
     sheet, scores = row_of(N, seed=0)
     tau = torch.tensor([0.7 * N**0.5], dtype=torch.float64, device=DEVICE)
     factor, before = scores.new_empty(1, 1), sheet.clone()
-    weights = norm_gelu(scores, tau, factor)
+    weights = norm_gelu(scores, tau, factor, N)
     assert torch.equal(sheet.nan_to_num(), before.nan_to_num())
     assert weights.stride() == scores.stride() == (sheet.shape[1], 1)
     A = scores.double().requires_grad_()
@@ -57,7 +57,7 @@ def test_one_row_is_that_of_torch_and_no_other_is_touched(N):
     assert error(weights, right) < 1e-6
     grads, grad = row_of(N, seed=1)
     dA, dtau = torch.autograd.grad(right, (A, wide), grad.double())
-    weights, r, left = norm_gelu_backward(grad, scores, tau, factor)
+    weights, r, left = norm_gelu_backward(grad, scores, tau, factor, N)
     assert error(weights, right) < 1e-6
     assert torch.allclose(r.double().sum() * N / tau, dtau, rtol=1e-5)
     assert left is None
@@ -75,24 +75,24 @@ def inputs(dtype, sizes, T=5, D=16, scale=1.0):
     return [t.to(dtype).detach().requires_grad_() for t in (x, *parts)] + [tau.requires_grad_()]
 
 
-def results(tensors, wanted=None, recompute=False):
+def results(tensors, wanted=None, recompute=False, norm_tokens=None):
     """Output and gradients of those that are wanted, by default all."""
     x, *parts, tau = tensors
     half = len(parts) // 2
-    out = attend(x, parts[:half], parts[half:], tau, "l2_norm_gelu", None, recompute)
+    out = attend(x, parts[:half], parts[half:], tau, "l2_norm_gelu", None, recompute, norm_tokens)
     grad_out = numbers(*out.shape, seed=3)
     return [out, *torch.autograd.grad(out, wanted or tensors, grad_out.to(out.dtype), retain_graph=True)]
 
 
-@pytest.mark.parametrize("sizes", [(576,), (700, 1300), (30, 513, 1)])
+@pytest.mark.parametrize(("sizes", "norm_tokens"), [((576,), None), ((700, 1300), 700), ((30, 513, 1), None)])
 @pytest.mark.parametrize("dtype", ERROR)
-def test_operator_is_that_of_torch(monkeypatch, dtype, sizes):
+def test_operator_is_that_of_torch(monkeypatch, dtype, sizes, norm_tokens):
     tensors = inputs(dtype, sizes)
     use_kernels(monkeypatch, on=False)
-    right = results([t.detach().double().requires_grad_() for t in tensors])
-    torchs = results(tensors)
+    right = results([t.detach().double().requires_grad_() for t in tensors], norm_tokens=norm_tokens)
+    torchs = results(tensors, norm_tokens=norm_tokens)
     use_kernels(monkeypatch)
-    mine = results(tensors)
+    mine = results(tensors, norm_tokens=norm_tokens)
     assert (mine[0][1] == 0).all()
     for a, b, c in zip(mine, right, torchs, strict=True):
         assert a.dtype == c.dtype

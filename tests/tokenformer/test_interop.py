@@ -48,7 +48,9 @@ def grown(model, init):
 
 
 @pytest.mark.parametrize("scale", ["fixed", "learned", "current"])
-@pytest.mark.parametrize(("init", "segments"), [("zero_keys", 1), ("random", 1), ("segment_norm", 2), ("pairs", 2)])
+@pytest.mark.parametrize(
+    ("init", "segments"), [("zero_keys", 1), ("random", 1), ("segment_norm", 2), ("pairs", 2), ("anchored", 2)]
+)
 def test_segments_are_joined_without_changing_the_function(init, segments, scale, tmp_path):
     model = grown(language_model(scale=scale).double(), init)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -60,7 +62,8 @@ def test_segments_are_joined_without_changing_the_function(init, segments, scale
     ffn, old = loaded.backbone.blocks[1].ffn, model.backbone.blocks[1].ffn
     assert (len(ffn.segments), len(old.segments)) == (segments, 4)
     for kind in ("keys", "values"):
-        joined = [torch.cat([getattr(s, kind) for s in layer.segments]) for layer in (ffn, old)]
+        segments = [sorted(layer.segments, key=lambda s: s.is_anchored) for layer in (ffn, old)]
+        joined = [torch.cat([getattr(s, kind) for s in parts]) for parts in segments]
         assert torch.equal(*joined)
     assert (loaded.config.qkv_tokens, loaded.config.proj_tokens, loaded.config.ffn_tokens) == (24, 20, 56)
     model.load_state_dict(consolidated_state(model))

@@ -66,7 +66,7 @@ def test_compiles_for_a_gpu_with_wide_accesses_and_without_spills(name, wide, na
     from tokenformer import kernels
 
     kernel = getattr(kernels, name)
-    numbers = {"N": "i32", "V": "i32", "stride": "i32", "IGNORE": "i32", "LARGEST": "fp32"}
+    numbers = dict.fromkeys(("N", "V", "stride", "norm_tokens", "IGNORE"), "i32") | {"LARGEST": "fp32"}
     types = numbers | {"tau": "*fp64", "r": "*fp32", "targets": "*i64", "nats": "*fp32"}
     constants = {"OUTSIDE": False, "GRAD": True, "TILE": 1024}
     signature = {a: "constexpr" if a in constants else types.get(a, "*bf16") for a in kernel.arg_names}

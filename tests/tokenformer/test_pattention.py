@@ -142,6 +142,31 @@ def test_tokens_in_segments_are_tokens_in_one(kind, frozen, autocast):
         torch.testing.assert_close(a, b, **tolerance, msg=name)
 
 
+def test_a_norm_of_a_part_of_the_tokens():
+    """Outputs and gradients are those of the formula; recomputed and compiled ones too."""
+    x, keys, values = random_inputs(torch.float64)
+    x.data[0] = 0
+    tau = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+
+    def fused(recompute=False):
+        parts = [part for tokens in (keys, values) for part in tokens.split((7, 16, 1))]
+        return attend(x, parts[:3], parts[3:], tau, "l2_norm_gelu", None, recompute, 7)
+
+    scores = x @ keys.T
+    norm = scores[:, :7].norm(dim=1, keepdim=True)
+    formula = F.gelu(scores * torch.where(norm > 0, tau / norm.clamp_min(1e-30), 0)) @ values
+    weight = torch.randn_like(formula)
+    right = torch.autograd.grad((formula * weight).sum(), (x, keys, values, tau))
+    right[0][0] = 0
+    for out in (fused(), fused(recompute=True), torch.compile(fused, fullgraph=True, backend="aot_eager")()):
+        torch.testing.assert_close(out, formula, rtol=1e-12, atol=1e-12)
+        found = torch.autograd.grad((out * weight).sum(), (x, keys, values, tau))
+        for mine, expected in zip(found, right, strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-11)
+    with pytest.raises(ValueError, match="'softmax': only l2_norm_gelu has a norm of a part"):
+        attend(x, [keys], [values], 1.0, "softmax", norm_tokens=7)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_runs_in_its_precision_and_gives_wide_gradients(dtype):
     inputs = random_inputs(T=64, D_in=32, N=96, D_out=32)

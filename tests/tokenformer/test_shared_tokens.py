@@ -21,7 +21,9 @@ def layer_and_input():
     layer = Pattention(6, 4, num_tokens=8, scale="learned").double()
     append_tokens(layer, 4, "random")
     append_tokens(layer, 8, "segment_norm")
+    append_tokens(layer, 4, "anchored")
     torch.nn.init.normal_(layer.segments[2].values)
+    torch.nn.init.normal_(layer.segments[3].values)
     x = torch.randn(3, 5, 6, dtype=torch.float64)
     x[0, 0] = 0
     return layer, x.requires_grad_()
