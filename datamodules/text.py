@@ -84,6 +84,8 @@ class TextDataModule(StreamDataModule):
             raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1")
         if not source:
             raise ValueError(f"data.source={source!r}: give files, a folder, hf:NAME or stdlib")
+        # A mapping has no order: one that a run has saved may come in another.
+        source = dict(sorted(source.items())) if isinstance(source, dict) else source
         self.shares = shares_of(source) if isinstance(source, dict) else None
         if self.shares is not None and tokenizer == "bpe":
             raise ValueError(
