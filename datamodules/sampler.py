@@ -38,11 +38,11 @@ def _block(index: int, num_samples: int, seed: int) -> NDArray[np.int64]:
     samples = np.empty_like(positions)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        samples[chosen] = _permute(places[chosen].astype(np.uint64), num_samples, seed, int(epoch))
+        samples[chosen] = permute(places[chosen].astype(np.uint64), num_samples, seed, int(epoch))
     return samples
 
 
-def _permute(indices: NDArray[np.uint64], size: int, seed: int, epoch: int) -> NDArray[np.uint64]:
+def permute(indices: NDArray[np.uint64], size: int, seed: int, epoch: int) -> NDArray[np.uint64]:
     """A Feistel network on the next power of four; what falls outside `size` is sent through again."""
     half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
     mask = np.uint64((1 << int(half)) - 1)

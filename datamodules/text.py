@@ -1,30 +1,24 @@
 """TextDataModule: documents to batches of token sequences. B batch, T sequence length."""
 
 import codecs
-import hashlib
-import json
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.loader import IGNORE, Ordered, Stream, StreamDataModule, StreamLoader, loading, rank_and_world_size
+from datamodules.corpus import Corpus, Spec
+from datamodules.loader import StreamDataModule, loading, rank_and_world_size
+from datamodules.mixtures import BLOCK, Joined, repeated, shares_of
 from datamodules.reading import read_text
-from datamodules.sampler import sample_at
-from datamodules.sources import HuggingFace, Source, TextFormat, open_source
+from datamodules.sources import TextFormat
+from datamodules.text_batches import Batch, OrderedBatches, Texts, TrainLoader
 from datamodules.tokenizer import VOCAB_SIZES, Tokenizer, load_tokenizer
-from datamodules.tokens import TokenFile, prepare, read_metadata
-
-VAL_SPLITS = ("validation", "val", "valid", "dev")
-
-Batch = tuple[Tensor, Tensor]  # input_ids (B, T), targets (B, T): the ids one place further on
+from datamodules.tokens import read_metadata
 
 
 class TextDataModule(StreamDataModule):
@@ -33,10 +27,12 @@ class TextDataModule(StreamDataModule):
     Args:
         source: training documents: stdlib (Python's own standard library), .txt/.jsonl/.parquet files (also .txt.gz,
             .jsonl.zst, ...), folders or globs of them, hf:NAME[:CONFIG][@SPLIT], a Hugging Face dataset of the hub or a
-            local folder of one, or a list of these.
+            local folder of one, or a list of these. Or a mixture, {SOURCE: WEIGHT, ...}: a weight, over their sum, is
+            the share of the training samples that come from that source.
         val_source: validation documents. Default: the dataset's own validation split if there is one dataset, else
-            `val_fraction` of the documents of `source`.
+            `val_fraction` of the documents of `source`; of a mixture, of each of its sources.
         test_source: test documents. Default: the dataset's own test split; without one, `test` runs on validation.
+        val_sources: more validation documents, {NAME: SOURCE, ...}; their metrics are `val/NAME/loss`, ...
         tokenizer: bytes, the path of a tokenizer.json, hub:NAME, or bpe (trained on the corpus).
         bpe_vocab_size: size of the vocabulary that `bpe` trains; a small text gives a smaller one.
         seq_len: tokens of a training sequence, T.
@@ -61,9 +57,10 @@ class TextDataModule(StreamDataModule):
 
     def __init__(
         self,
-        source: str | list[str] = "stdlib",
+        source: str | list[str] | dict[str, float] = "stdlib",
         val_source: str | list[str] | None = None,
         test_source: str | list[str] | None = None,
+        val_sources: dict[str, str | list[str]] | None = None,
         tokenizer: str = "bytes",
         bpe_vocab_size: int = 8192,
         seq_len: int = 1024,
@@ -87,6 +84,20 @@ class TextDataModule(StreamDataModule):
             raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1")
         if not source:
             raise ValueError(f"data.source={source!r}: give files, a folder, hf:NAME or stdlib")
+        # A mapping has no order: one that a run has saved may come in another.
+        source = dict(sorted(source.items())) if isinstance(source, dict) else source
+        self.shares = shares_of(source) if isinstance(source, dict) else None
+        if self.shares is not None and tokenizer == "bpe":
+            raise ValueError(
+                "data.tokenizer=bpe with a mixture in data.source: its sources need one tokenizer; prepare them as a "
+                "list, then give the tokenizer.json of that folder, which lies in data.cache_dir"
+            )
+        for name in val_sources or {}:
+            if not re.fullmatch(r"(?!raw_)\w[\w-]*", name):  # EMA's metrics begin with val/raw_
+                raise ValueError(
+                    f"data.val_sources: {name!r} is to be a part of a metric's name: give letters, digits, _ or -, "
+                    "and not raw_ first"
+                )
         try:
             codecs.lookup(encoding)
         except LookupError as error:
@@ -94,6 +105,7 @@ class TextDataModule(StreamDataModule):
         ends = {r"\n": "\n", r"\t": "\t"}  # as they come from a command line
         separator = re.sub(r"\\[nt]", lambda found: ends[found[0]], document_separator or "") or None
         self.source, self.val_source, self.test_source = source, val_source, test_source
+        self.val_sources = val_sources or {}
         self.tokenizer_name, self.bpe_vocab_size = tokenizer, bpe_vocab_size
         self.seq_len, self.batch_size, self.val_fraction = seq_len, batch_size, val_fraction
         self.form = TextFormat(text_field, separator, streaming, encoding)
@@ -111,17 +123,44 @@ class TextDataModule(StreamDataModule):
         """Training tokens of a batch on one device."""
         return self.batch_size * self.seq_len
 
+    def _corpus(self, *specs: Spec | None, val_fraction: float | None = None, tokenizer: str | None = None) -> Corpus:
+        return Corpus(
+            specs,
+            tokenizer or self.tokenizer_name,
+            self.form,
+            self.val_fraction if val_fraction is None else val_fraction,
+            self.bpe_vocab_size,
+            self.cache_dir,
+        )
+
+    @property
+    def corpora(self) -> dict[str, list[Corpus]]:
+        """What each split, train, val or test, is made of; a corpus may be in several."""
+        val, test = self.val_source, self.test_source
+        if not isinstance(self.source, dict):
+            whole = [self._corpus(self.source, val, test)]
+            return {"train": whole, "val": whole, "test": whole}
+        # Each source has a folder of its own, that of a run on it alone.
+        parts = [self._corpus(source, None, None, val_fraction=None if val is None else 0.0) for source in self.source]
+        return {
+            "train": parts,
+            "val": parts if val is None else [self._corpus(None, val, None, val_fraction=0.0)],
+            "test": parts if test is None else [self._corpus(None, None, test, val_fraction=0.0)],
+        }
+
+    @property
+    def named_corpora(self) -> dict[str, Corpus]:
+        """Those of `val_sources`."""
+        tokenizer = str(self.folder / "tokenizer.json") if self.tokenizer_name == "bpe" else None
+        return {
+            name: self._corpus(None, spec, None, val_fraction=0.0, tokenizer=tokenizer)
+            for name, spec in self.val_sources.items()
+        }
+
     @property
     def folder(self) -> Path:
-        """Where the tokens are: a name to recognise, and a hash of all settings that they depend on."""
-        settings = [self.source, self.val_source, self.test_source, self.tokenizer_name, self.val_fraction]
-        settings += [self.form.text_field, self.form.document_separator]
-        settings += [self.form.encoding] if self.form.encoding != "utf-8" else []
-        settings += [self.bpe_vocab_size] if self.tokenizer_name == "bpe" else []
-        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-        first = self.source if isinstance(self.source, str) else self.source[0]
-        words = (Path(first).stem, Path(self.tokenizer_name).parent.name or self.tokenizer_name)
-        return self.cache_dir / re.sub(r"[^\w.-]+", "-", "-".join((*words, digest)))
+        """Where the training tokens are; of a mixture, those of its first source."""
+        return self.corpora["train"][0].folder
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -129,37 +168,13 @@ class TextDataModule(StreamDataModule):
         saved = self.folder / "tokenizer.json"
         return load_tokenizer(str(saved) if saved.exists() else self.tokenizer_name)
 
-    def sources(self) -> dict[str, Source]:
-        """The source of each split that has one of its own."""
-        sources = {"train": open_source(self.source, self.form)}
-        own = sources["train"].splits() if isinstance(sources["train"], HuggingFace) else []
-        for split, given, names in (("val", self.val_source, VAL_SPLITS), ("test", self.test_source, ("test",))):
-            found = [name for name in names if name in own]
-            if given is not None:
-                sources[split] = open_source(given, self.form)
-            elif found:
-                sources[split] = open_source(f"{sources['train'].name.partition('@')[0]}@{found[0]}", self.form)
-        return sources
-
     def prepare_data(self) -> None:
         """Tokenize, unless it is done already. Tokens whose source is gone are used as they are, with a warning."""
         if self.trainer is not None and self.trainer.predicting and self.tokenizer_name != "bpe":
             return  # only the tokenizer is needed
-        try:
-            sources = self.sources()
-        except ValueError as error:
-            if not self.folder.exists():
-                raise
-            warnings.warn(f"{error}; the tokens in {self.folder} are used as they are", stacklevel=2)
-            return
-        prepare(
-            self.folder,
-            sources,
-            self.tokenizer_name,
-            bpe_vocab_size=self.bpe_vocab_size,
-            val_fraction=self.val_fraction,
-            num_threads=self.num_processes,
-        )
+        corpora = [corpus for split in self.corpora.values() for corpus in split]
+        for corpus in dict.fromkeys([*corpora, *self.named_corpora.values()]):
+            corpus.prepare(self.num_processes)
 
     def setup(self, stage: str) -> None:
         """Open the token files and check that they are long enough; `vocab_size` is the tokenizer's from here on."""
@@ -168,19 +183,25 @@ class TextDataModule(StreamDataModule):
         if stage == "predict":
             self.predict_ids = self._encode_predict_file()
             return
-        self.train, self.val = TokenFile(self.folder, "train"), TokenFile(self.folder, "val")
-        has_test = "test" in read_metadata(self.folder)["splits"]
-        self.test = TokenFile(self.folder, "test") if has_test else self.val
-        if stage == "fit" and len(self.train.ids) <= self.seq_len:
-            raise ValueError(
-                f"the training text has {len(self.train.ids)} tokens, data.seq_len={self.seq_len} needs at least "
-                f"{self.seq_len + 1}: give more text or a smaller seq_len"
-            )
+        corpora = self.corpora
+        self.train, self.val = (Joined([c.tokens(split) for c in corpora[split]]) for split in ("train", "val"))
+        test = [corpus for corpus in corpora["test"] if "test" in read_metadata(corpus.folder)["splits"]]
+        self.test = Joined([corpus.tokens("test") for corpus in test]) if test else self.val
+        self.named = {name: corpus.tokens("val") for name, corpus in self.named_corpora.items()}
+        for corpus, file in zip(corpora["train"], self.train.files, strict=True):
+            if stage == "fit" and len(file.ids) <= self.seq_len:
+                raise ValueError(
+                    f"the training text of {corpus.name} has {len(file.ids)} tokens, data.seq_len={self.seq_len} needs "
+                    f"at least {self.seq_len + 1}: give more text or a smaller seq_len"
+                )
 
     def order(self) -> dict[str, int | str]:
-        """The token file, and how it is cut and shuffled."""
-        tokens = f"{len(self.train.ids):,} with fingerprint {self.train.fingerprint()}"
-        return {"training tokens": tokens, "data.seq_len": self.seq_len, "data.seed": self.seed}
+        """The token files, and how they are cut, mixed and shuffled."""
+        tokens = ", ".join(f"{len(file.ids):,} with fingerprint {file.fingerprint()}" for file in self.train.files)
+        order: dict[str, int | str] = {"training tokens": tokens}
+        if self.shares is not None:
+            order["weights in data.source"] = ", ".join(f"{share / BLOCK:g}" for share in self.shares)
+        return order | {"data.seq_len": self.seq_len, "data.seed": self.seed}
 
     def _encode_predict_file(self) -> NDArray[np.int64]:
         if self.predict_file is None:
@@ -194,94 +215,54 @@ class TextDataModule(StreamDataModule):
             raise ValueError(f"data.predict_file={self.predict_file!r}: is empty")
         return np.array([tokenizer.end_of_text, *ids])  # a document begins after the end of another
 
-    def train_dataloader(self) -> "TrainLoader":
+    def train_dataloader(self) -> TrainLoader:
         """This rank's share of the shuffled stream."""
         rank, world_size = rank_and_world_size(self)
-        return TrainLoader(
-            self.train.ids,
+        loader = TrainLoader(
+            self.train.texts,
             seq_len=self.seq_len,
             batch_size=self.batch_size,
+            shares=self.shares,
             rank=rank,
             world_size=world_size,
             accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
             seed=self.seed,
             num_workers=self.num_workers,
         )
+        if self.shares is not None:
+            self._say_what_is_repeated(loader, self.shares)
+        return loader
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Every token of the validation split once."""
-        return self._in_order(self.val.ids)
+    def _say_what_is_repeated(self, loader: TrainLoader, shares: tuple[int, ...]) -> None:
+        stream: Any = loader.dataset
+        what, num_samples = "an epoch", stream.num_samples
+        if self.trainer is not None and self.trainer.max_steps > 0:
+            what = f"{self.trainer.max_steps} steps"
+            num_samples = self.trainer.max_steps * self.trainer.accumulate_grad_batches * stream.global_batch
+        times = repeated(shares, stream.sizes, num_samples)
+        names = [corpus.name for corpus in self.corpora["train"]]
+        if told := ", ".join(f"{names[i]} {often:.3g} times" for i, often in times.items()):
+            rank_zero_info(f"data.source: repeated, being smaller than their shares of {what}: {told}")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Every token of the test split once."""
-        return self._in_order(self.test.ids)
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Every token of the validation split once; after it those of `val_sources`."""
+        return self._evaluated(self.val)
+
+    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Every token of the test split once; after it those of `val_sources`."""
+        return self._evaluated(self.test)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Every token of `predict_file` once."""
-        return self._in_order(self.predict_ids)
+        return self._in_order([self.predict_ids])
 
-    def _in_order(self, ids: NDArray[Any]) -> DataLoader[Batch]:
+    def _evaluated(self, main: Joined) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """A loader; with `val_sources` a list."""
+        if not self.named:
+            return self._in_order(main.texts)
+        return [self._in_order(texts) for texts in (main.texts, *([file.ids] for file in self.named.values()))]
+
+    def _in_order(self, texts: Texts) -> DataLoader[Batch]:
         return DataLoader(
-            OrderedBatches(ids, self.seq_len, self.batch_size, *rank_and_world_size(self)), **loading(num_workers=0)
+            OrderedBatches(texts, self.seq_len, self.batch_size, *rank_and_world_size(self)), **loading(num_workers=0)
         )
-
-
-class TrainLoader(StreamLoader):
-    """The shuffled stream of sequences. A sample is seq_len + 1 tokens, and the next begins at its last one."""
-
-    def __init__(
-        self,
-        ids: NDArray[Any],
-        *,
-        seq_len: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(_Sequences(ids, seq_len, batch_size, rank, world_size, seed), accumulate, num_workers)
-
-
-class _Sequences(Stream):
-    def __init__(self, ids: NDArray[Any], seq_len: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
-        super().__init__((len(ids) - 1) // seq_len, batch_size, rank, world_size)
-        self.ids, self.seq_len, self.seed = ids, seq_len, seed
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For workers: a memory-mapped file travels as its name, not as its contents."""
-        mapped = (self.ids.filename, self.ids.dtype) if isinstance(self.ids, np.memmap) else None
-        return self.__dict__ | ({"ids": None, "mapped": mapped} if mapped else {})
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        mapped = state.pop("mapped", None)
-        self.__dict__.update(state)
-        if mapped:
-            self.ids = np.memmap(mapped[0], dtype=mapped[1], mode="r")
-
-    def batch_at(self, positions: NDArray[np.int64]) -> Batch:
-        """Inputs and targets."""
-        samples = sample_at(positions, self.num_samples, self.seed)
-        places = samples[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        sequences = torch.from_numpy(self.ids[places].astype(np.int64))
-        return sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()  # (B, T): pinning needs them whole
-
-
-class OrderedBatches(Ordered):
-    """All windows of a text in order, each token a target exactly once; what only fills up has the target IGNORE."""
-
-    def __init__(self, ids: NDArray[Any], seq_len: int, batch_size: int, rank: int, world_size: int) -> None:
-        super().__init__(-(-(len(ids) - 1) // seq_len), batch_size, rank, world_size)
-        self.ids, self.seq_len = ids, seq_len
-
-    def batch_at(self, positions: NDArray[np.int64]) -> Batch:
-        """Inputs and targets."""
-        inputs = torch.zeros(len(positions), self.seq_len, dtype=torch.long)
-        targets = torch.full_like(inputs, IGNORE)
-        for row, start in enumerate(positions * self.seq_len):
-            window = torch.from_numpy(self.ids[start : start + self.seq_len + 1].astype(np.int64))
-            if len(window) > 1:
-                inputs[row, : len(window) - 1] = window[:-1]
-                targets[row, : len(window) - 1] = window[1:]
-        return inputs, targets

@@ -1,8 +1,8 @@
 """Token files: written once, memory-mapped ever after.
 
-A folder holds `train.bin`, `val.bin` (and `test.bin`): the ids of all documents, each followed by the end-of-text id,
-as little-endian uint16 or uint32; `tokenizer.json` unless the tokens are bytes; and `metadata.json`. The folder is
-written under another name and renamed when whole.
+A folder holds those of `train.bin`, `val.bin` and `test.bin` that are asked for: the ids of all documents, each
+followed by the end-of-text id, as little-endian uint16 or uint32; `tokenizer.json` unless the tokens are bytes; and
+`metadata.json`. The folder is written under another name and renamed when whole.
 """
 
 import hashlib
@@ -126,7 +126,7 @@ def prepare(
 
     Args:
         folder: where the tokens go.
-        sources: `train`, and if there are any `val` and `test`.
+        sources: of `train`, `val` and `test`, those that there are.
         tokenizer_name: see :func:`load_tokenizer`; `bpe` trains one on the training documents.
         bpe_vocab_size: its size.
         val_fraction: share of the documents, or of their text, to hold out when there is no `val` source.
@@ -193,7 +193,7 @@ def _write(
         tokenizer.save(folder / "tokenizer.json")
 
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    names = ["train", "val", *(["test"] if "test" in sources else [])]
+    names = [*dict.fromkeys([*sources, *(["val"] if held_out else [])])]
     splits = {name: Split() for name in names}
     files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in names}
     batches = _batches(documents_of(sources, held_out, ends))

@@ -80,11 +80,13 @@ class EMA(WeightAveraging):
                     torch.distributed.broadcast(buffer, 0)
             raw.start_evaluation(trainer, "val")
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Validate the weights themselves."""
         if (raw := self._raw()) is not None:
             with trainer.precision_plugin.val_step_context():
-                raw.evaluate(batch)
+                raw.evaluate(batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the model its own weights back."""

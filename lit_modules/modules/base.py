@@ -101,8 +101,8 @@ class TokenFormerModule(LightningModule, ABC):
         """Begin a validation or test (val, test): nothing has been seen."""
 
     @abstractmethod
-    def evaluate(self, batch: Any) -> dict[str, Tensor]:
-        """Take a batch into account; what callbacks may want to know of it."""
+    def evaluate(self, batch: Any, dataset: int = 0) -> dict[str, Tensor]:
+        """Take a batch of one of the loaders into account; what callbacks may want to know of it."""
 
     @abstractmethod
     def evaluation(self, trainer: Any, stage: str) -> dict[str, Tensor]:

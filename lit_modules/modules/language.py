@@ -26,7 +26,8 @@ class LanguageModule(TokenFormerModule):
     """A TokenFormer (or Transformer baseline: `config.baseline`) that learns to predict the next token.
 
     Logs what TokenFormerModule logs (the loss in nats a token), and `val/loss`, `val/perplexity`, `val/bits_per_byte`
-    and `val/entropy` (mean entropy of the predictions, nats), over all tokens.
+    and `val/entropy` (mean entropy of the predictions, nats), over all tokens; those of a named validation set are
+    `val/NAME/loss` and so on.
 
     Args:
         config: sizes and options of the model.
@@ -120,26 +121,45 @@ class LanguageModule(TokenFormerModule):
         """Mean cross-entropy of the batch in nats."""
         return self._model.loss(*batch)
 
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Take a batch into account."""
+        return self.evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Take a batch into account."""
+        return self.evaluate(batch, dataloader_idx)
+
+    def _evaluated(self, trainer: Any, stage: str) -> dict[str, Any]:
+        """The token files of the loaders, None where they are not known, by what their metrics' names begin with."""
+        data = getattr(trainer, "datamodule", None)
+        found = {"": getattr(data, stage, None)}
+        found |= {f"{name}/": tokens for name, tokens in getattr(data, "named", {}).items()}
+        num_loaders = len(getattr(trainer, f"num_{stage}_batches"))  # a datamodule of the user's own names none
+        return found | {f"{i}/": None for i in range(len(found), num_loaders)}
+
     def start_evaluation(self, trainer: Any, stage: str) -> None:
         """Reset the sums."""
         # Plain sums, since torchmetrics' weighted mean either leaves out NaN or forgets the weights (1.9).
         wide = torch.float32 if self.device.type == "mps" else torch.float64
-        self._sums = torch.zeros(3, dtype=wide, device=self.device)  # nats, entropy, tokens
+        num_loaders = len(self._evaluated(trainer, stage))
+        self._sums = torch.zeros(num_loaders, 3, dtype=wide, device=self.device)  # nats, entropy, tokens
 
-    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+    def evaluate(self, batch: Batch, dataset: int = 0) -> dict[str, Tensor]:
         """Add the batch to the sums."""
         nats, entropy = self._model.nats_and_entropy(*batch)
-        self._sums += torch.stack([x.to(self._sums.dtype).sum() for x in (nats, entropy, batch[1] != IGNORE)])
+        sums = torch.stack([x.to(self._sums.dtype).sum() for x in (nats, entropy, batch[1] != IGNORE)])
+        self._sums[dataset] += sums
         return {}
 
     def evaluation(self, trainer: Any, stage: str) -> dict[str, Tensor]:
-        """Means over all tokens of all ranks."""
-        nats, entropy, tokens = trainer.strategy.reduce(self._sums, reduce_op="sum")
-        nats, entropy = nats / tokens, entropy / tokens
-        metrics = {"loss": nats, "perplexity": nats.exp(), "entropy": entropy}
-        split = getattr(getattr(getattr(trainer, "datamodule", None), stage, None), "split", None)
-        if split is not None:
-            metrics["bits_per_byte"] = nats / math.log(2) * split.tokens / split.bytes
+        """Means over all tokens of all ranks, of each loader."""
+        metrics: dict[str, Tensor] = {}
+        sums = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        for (name, tokens), (nats, entropy, count) in zip(self._evaluated(trainer, stage).items(), sums, strict=True):
+            nats, entropy = nats / count, entropy / count
+            metrics |= {f"{name}loss": nats, f"{name}perplexity": nats.exp(), f"{name}entropy": entropy}
+            if (split := getattr(tokens, "split", None)) is not None:
+                metrics[f"{name}bits_per_byte"] = nats / math.log(2) * split.tokens / split.bytes
         return {name: value.float() for name, value in metrics.items()}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

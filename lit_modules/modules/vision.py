@@ -253,7 +253,7 @@ class VisionModule(TokenFormerModule):
             self._absent[some] = False
             rank_zero_info(f"{len(some)} of {self.config.num_classes} classes have images: the others are ruled out")
 
-    def evaluate(self, batch: EvalBatch) -> dict[str, Tensor]:
+    def evaluate(self, batch: EvalBatch, dataset: int = 0) -> dict[str, Tensor]:
         """Add the batch to the sums; its logits (B, C) and losses (B,)."""
         images, labels, *_ = batch
         logits = self._model(images).float()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.text import OrderedBatches, TextDataModule, TrainLoader
+from datamodules.text import TextDataModule
+from datamodules.text_batches import OrderedBatches, TrainLoader
 
 
 def test_text_shorter_than_a_sequence_is_refused(corpus, data):
@@ -37,7 +38,7 @@ def test_every_sample_comes_exactly_once_in_an_epoch(world_size, num_workers):
     seq_len, batch_size, num_samples = 4, 2, 24
     loaders = [
         TrainLoader(
-            ids_of(num_samples * seq_len + 1),
+            [ids_of(num_samples * seq_len + 1)],
             seq_len=seq_len,
             batch_size=batch_size,
             rank=rank,
@@ -58,7 +59,7 @@ def test_every_sample_comes_exactly_once_in_an_epoch(world_size, num_workers):
 
 def test_no_sample_is_lost_at_the_end_of_an_epoch():
     """7 samples in batches of 2: the fourth batch runs over into the next epoch."""
-    loader = TrainLoader(ids_of(7 * 4 + 1), seq_len=4, batch_size=2)
+    loader = TrainLoader([ids_of(7 * 4 + 1)], seq_len=4, batch_size=2)
     starts = [start // 4 for _ in range(7) for inputs, _ in loader for start in inputs[:, 0].tolist()]
     assert len(starts) == 7 * 4 * 2
     for epoch in range(8):
@@ -66,13 +67,13 @@ def test_no_sample_is_lost_at_the_end_of_an_epoch():
 
 
 def test_an_epoch_holds_whole_optimizer_steps():
-    assert len(TrainLoader(ids_of(7 * 4 + 1), seq_len=4, batch_size=2, accumulate=3)) == 6
+    assert len(TrainLoader([ids_of(7 * 4 + 1)], seq_len=4, batch_size=2, accumulate=3)) == 6
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_stream_goes_on_where_it_was(num_workers):
     def loader():
-        return TrainLoader(ids_of(401), seq_len=4, batch_size=3, num_workers=num_workers)
+        return TrainLoader([ids_of(401)], seq_len=4, batch_size=3, num_workers=num_workers)
 
     whole = [inputs for inputs, _ in loader()]
     first = loader()
@@ -87,9 +88,9 @@ def test_the_stream_goes_on_where_it_was(num_workers):
 
 
 def test_the_stream_goes_on_with_another_number_of_ranks():
-    single = TrainLoader(ids_of(401), seq_len=4, batch_size=4)
+    single = TrainLoader([ids_of(401)], seq_len=4, batch_size=4)
     batches = [inputs for _, (inputs, _) in zip(range(12), single, strict=False)]
-    pair = [TrainLoader(ids_of(401), seq_len=4, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    pair = [TrainLoader([ids_of(401)], seq_len=4, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
     for loader in pair:
         loader.load_state_dict({"position": 24})
     halves = [next(iter(loader))[0] for loader in pair]
@@ -110,7 +111,7 @@ def test_workers_get_the_name_of_a_mapped_file_and_not_its_contents(data):
 def test_evaluation_sees_every_token_once(num_tokens, world_size):
     targets, counts = [], set()
     for rank in range(world_size):
-        batches = OrderedBatches(ids_of(num_tokens), 4, 2, rank, world_size)
+        batches = OrderedBatches([ids_of(num_tokens)], 4, 2, rank, world_size)
         counts.add(len(list(batches)))
         for inputs, target in batches:
             assert inputs.shape == target.shape == (2, 4)

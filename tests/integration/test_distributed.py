@@ -16,11 +16,12 @@ DDP = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=2"]
 def test_two_processes_equal_one(corpus, tmp_path):
     config = write_config(tmp_path, corpus, trainer={"log_every_n_steps": 1})
     command = ["fit", "--config", str(config), "--model.config.scale=learned", "--trainer.precision=64-true"]
+    command += [f"--data.val_sources={{more: {corpus[0]}}}"]
     main([*command, "--run_dir", str(tmp_path / "one"), "--data.batch_size=4"])
     process = [sys.executable, "-m", "lit_modules.cli", *command, *DDP, "--run_dir", str(tmp_path / "two")]
     result = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    for column in ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte", "val/entropy"):
+    for column in ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte", "val/entropy", "val/more/loss"):
         one, two = rows(tmp_path / "one", column), rows(tmp_path / "two", column)
         assert [step for step, _ in one] == [step for step, _ in two], column
         assert [v for _, v in two] == pytest.approx([v for _, v in one], rel=1e-6), column

@@ -84,8 +84,25 @@ def test_published_sizes(name):
     assert config.scale == "fixed"
 
 
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "millions", "tokens"),
+    [
+        ("fineweb-edu-124m", 50277, "123.6", "10.0"),
+        ("c4-354m", 50277, "353.5", "31.5"),
+        ("tinystories", 4096, "9.4", "0.7"),
+    ],
+)
+def test_sizes_and_tokens_are_those_of_the_headers(name, tokenizer, millions, tokens):
+    asked = given(*EXPERIMENTS[name])
+    data, trainer = asked["data"]["init_args"], asked["trainer"]
+    batch = data["batch_size"] * data["seq_len"] * trainer["devices"] * trainer.get("accumulate_grad_batches", 1)
+    assert f"{batch * trainer['max_steps'] / 1e9:.1f}" == tokens
+    assert f"{model_config(name, tokenizer).num_params() / 1e6:.1f}" == millions
+
+
 def test_every_published_config_is_tested():
     ours = {"quickstart", "quickstart+quickstart", "quickstart+no-growth", "wikitext-2", "wikitext-2+parameters"}
+    ours |= {"fineweb-edu-124m", "c4-354m", "tinystories"}
     assert set(EXPERIMENTS) == set(PUBLISHED) | ours | {"openwebtext-growth"}
 
 
