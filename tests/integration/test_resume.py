@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
+from lit_modules.callbacks.checkpoint import RunCheckpoint
 from lit_modules.cli import main
 from tests.conftest import ROOT, same_threads
 from tests.integration.tiny import rows, write_config
@@ -219,3 +221,43 @@ def test_what_a_killed_process_had_still_to_remove_is_removed(finished, tmp_path
         {"0008", "0012", "best-step-00000012", "mine"},
         {"0016", "best-step-00000016", "mine"},
     ]
+
+
+@pytest.mark.parametrize(("step", "first"), [(8, "checkpoint"), (4, "best")])
+def test_a_kill_between_the_two_saves_of_a_step_costs_neither(corpus, tmp_path, monkeypatch, step, first):
+    """Of the last step too, after which a resumed run has nothing to train but a curve to draw."""
+    config = write_config(tmp_path, corpus, checkpoint={"save_top_k": 1})
+    command = ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--ckpt_path=auto"]
+    command += ["--trainer.callbacks=LossCurve"]
+    if first == "best":  # without a validation, which comes before the save of the step itself
+        command += ["--best.monitor=train/loss", "--best.every_n_train_steps=4", "--trainer.limit_val_batches=0"]
+    save = RunCheckpoint._save_checkpoint
+
+    def killed(self, trainer, path):
+        if trainer.global_step == step and ("best" in path) == (first == "checkpoint"):
+            raise Killed
+        save(self, trainer, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoint, "_save_checkpoint", killed)
+        with pytest.raises(Killed):
+            main(command)
+    main([*command, "--trainer.max_steps=8"])
+    main([*command[:3], "--run_dir", str(tmp_path / "whole"), *command[5:]])
+    files = {run: {p.name for p in (tmp_path / run).rglob("*") if "tfevents" not in p.name} for run in ("run", "whole")}
+    assert files["run"] == files["whole"]
+    assert {"step-00000008.ckpt", "best-step-00000008.ckpt", "loss.png"} <= files["run"]
+    for name in ("step-00000008.ckpt", "best-step-00000008.ckpt"):
+        ends = [torch.load(tmp_path / run / "checkpoints" / name, weights_only=True) for run in ("whole", "run")]
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
+            assert_same(ends[0][key], ends[1][key], key)
+        for one, other in zip(*(end["callbacks"].items() for end in ends), strict=True):
+            if "Checkpoint" in one[0]:
+                assert one[0] == other[0]
+                assert [Path(path).name for path in one[1]["best_k_models"]] == [
+                    Path(path).name for path in other[1]["best_k_models"]
+                ]
+
+
+class Killed(BaseException):
+    pass
