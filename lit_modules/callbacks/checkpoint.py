@@ -15,6 +15,9 @@ from lit_modules.checkpoints.writing import AtomicCheckpointIO
 from lit_modules.runs.errors import RunError
 
 
+ACCUMULATE = "accumulate_grad_batches"  # of the run that wrote a checkpoint: Lightning counts batches, not steps
+
+
 class RunCheckpoint(ModelCheckpoint):
     """ModelCheckpoint that keeps as many as it is told to, however often the run was killed, resumed or moved.
 
@@ -191,9 +194,19 @@ class Checkpoint(RunCheckpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Of every checkpoint, whoever saves it."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint[ACCUMULATE] = trainer.accumulate_grad_batches
         epochs: Any = trainer.fit_loop.epoch_progress.current
         if "loops" in checkpoint and epochs.processed == epochs.completed + 1:
             _before_the_end_of_the_epoch(checkpoint["loops"]["fit_loop"], trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count in the batches of this run, where a step has more or fewer of them than before."""
+        now = trainer.accumulate_grad_batches
+        if trainer.training and (before := checkpoint.get(ACCUMULATE, now)) != now:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                ready = counts["ready"]
+                counts |= {name: -(-ready // before) * now - (ready - count) for name, count in counts.items()}
 
     def _finish_step(self, trainer: Trainer) -> None:
         """A step that is half done would be lost: keep the request to stop until it is complete."""

@@ -150,17 +150,20 @@ def test_average_is_not_trained_on_as_if_it_were_the_weights(corpus, tmp_path):
 
 
 def test_resume_with_other_batches_loses_and_repeats_nothing(corpus, tmp_path):
-    """From 4 sequences and 2 batches a step to 2 sequences and 4 batches: the same steps, so the same losses."""
-    config = write_config(tmp_path, corpus, trainer={"max_steps": 12, "log_every_n_steps": 1, "limit_val_batches": 0})
-    command = ["fit", "--config", str(config), "--trainer.precision=64-true", "--data.seq_len=128"]
-    first = ["--data.batch_size=4", "--trainer.accumulate_grad_batches=2"]
-    main([*command, *first, "--run_dir", str(tmp_path / "whole")])
-    checkpoint = tmp_path / "whole/checkpoints/step-00000008.ckpt"
-    other = ["--data.batch_size=2", "--trainer.accumulate_grad_batches=4"]
+    """From 1 batch of 4 sequences a step to 2 of 2, in the middle of an epoch of 9 steps: the same steps and epochs."""
+    trainer = {"max_steps": -1, "max_epochs": 1, "log_every_n_steps": 1, "limit_val_batches": 0}
+    config = write_config(tmp_path, corpus, trainer=trainer, checkpoint={"every_n_train_steps": 7})
+    command = ["fit", "--config", str(config), "--trainer.precision=64-true", "--data.seq_len=512"]
+    main([*command, "--run_dir", str(tmp_path / "whole")])
+    checkpoint = tmp_path / "whole/checkpoints/step-00000007.ckpt"
+    other = ["--data.batch_size=2", "--trainer.accumulate_grad_batches=2"]
     main([*command, *other, "--run_dir", str(tmp_path / "other"), "--ckpt_path", str(checkpoint)])
-    for column in ("train/loss", "train/grad_norm", "train/tokens"):
-        expected = [value for _, value in rows(tmp_path / "whole", column)[8:]]
-        assert [value for _, value in rows(tmp_path / "other", column)] == pytest.approx(expected, rel=1e-9), column
+    for column in ("train/loss", "train/grad_norm", "train/tokens", "epoch"):
+        expected = rows(tmp_path / "whole", column)
+        assert len(expected) == 9
+        assert [step for step, _ in rows(tmp_path / "other", column)] == [7, 8]
+        found = [value for _, value in rows(tmp_path / "other", column)]
+        assert found == pytest.approx([value for _, value in expected[7:]], rel=1e-9), column
 
 
 def test_a_truncated_checkpoint_that_was_asked_for_is_named(finished, tmp_path):

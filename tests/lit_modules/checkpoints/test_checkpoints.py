@@ -180,8 +180,8 @@ def test_a_copy_is_whole_or_not_there_and_has_other_states(tmp_path, write, monk
         assert find_corruption(path) is None
         head = torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True)
         assert head["callbacks"] == {"a": 1, "b": value}
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"c.ckpt could not be written: No space left"):
-        patch.setattr("os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.warns(UserWarning, match=r"c.ckpt could not be written: No space left"):
         io.copy_checkpoint(tmp_path / "a.ckpt", tmp_path / "c.ckpt", {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt"]
 
