@@ -14,7 +14,6 @@ from lit_modules.checkpoints.validation import step_of
 from lit_modules.checkpoints.writing import AtomicCheckpointIO
 from lit_modules.runs.errors import RunError
 
-
 ACCUMULATE = "accumulate_grad_batches"  # of the run that wrote a checkpoint: Lightning counts batches, not steps
 
 

@@ -185,8 +185,8 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or a folder, complete or not."""
-    if path.is_dir():
+    """Remove a file or a folder, complete or not; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)  # several processes may
     else:
         path.unlink(missing_ok=True)
