@@ -3,11 +3,12 @@
 import codecs
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
+from io import BufferedReader, RawIOBase, TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
 COMPRESSED = (".gz", ".zst")
+MOST_INFLATED, LEAST_INFLATED = 200, 2**26  # times the size of a compressed file, and bytes in any case
 REMEDY = "set data.encoding to the file's (utf-16, cp1252, latin-1, ...), or save it as UTF-8"
 
 
@@ -46,9 +47,32 @@ def opened(path: Path, encoding: str = "utf-8", remedy: str = REMEDY) -> Iterato
 def _binary(path: Path) -> Any:
     if path.suffix not in COMPRESSED:
         return path.open("rb")
-    import pyarrow
+    return BufferedReader(_Inflated(path), 2**16)
 
-    return pyarrow.input_stream(str(path), compression="detect")
+
+class _Inflated(RawIOBase):
+    """A compressed file, as long as what it holds may be a text: what unpacks to far more fills the memory instead."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+
+        self.path, self.left = path, MOST_INFLATED * path.stat().st_size + LEAST_INFLATED
+        self.stream = pyarrow.input_stream(str(path), compression="detect")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As RawIOBase's. Raises a ValueError that names the file."""
+        content = self.stream.read(len(buffer))
+        self.left -= len(content)
+        if self.left < 0:
+            raise ValueError(
+                f"{self.path}: unpacks to more than {MOST_INFLATED} times its size: no text does, so it is not read. "
+                "If it is one, unpack it yourself"
+            )
+        buffer[: len(content)] = content
+        return len(content)
 
 
 def _wide(start: bytes) -> str | None:

@@ -75,6 +75,8 @@ class FileSource:
                         f"{path}:{number}: not JSON ({error.msg} at column {error.colno}): {_shown(line.strip())}; "
                         "each line of a .jsonl file is a JSON object: mend or remove this one"
                     ) from error
+                except (RecursionError, ValueError) as error:  # nested too deep, a number of too many digits
+                    raise ValueError(f"{path}:{number}: can't be read as JSON ({error}): remove this line") from error
                 yield text_of(row, self.form.text_field, f"{path}:{number}")
 
     def _parquet(self, path: Path) -> Iterator[str]:

@@ -71,7 +71,7 @@ class JSONTokenizer:
     tokens, the same ones every time.
 
     Raises:
-        ValueError: when no end-of-text token is found.
+        ValueError: when no end-of-text token is found, and for ids far beyond the number of tokens.
     """
 
     def __init__(self, tokenizer: HFTokenizer, name: str) -> None:
@@ -85,12 +85,22 @@ class JSONTokenizer:
         found = [token for token in END_OF_TEXT_NAMES if token in vocab]
         if not found:
             raise ValueError(f"tokenizer {name}: has none of the end-of-text tokens {', '.join(END_OF_TEXT_NAMES)}")
-        self.end_of_text = vocab[found[0]]
+        self.end_of_text, self._name = vocab[found[0]], name
         self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > 2 * len(vocab) + 1000:  # each id costs a row of the embedding, and time to write the file
+            raise ValueError(
+                f"tokenizer {name}: has ids up to {self.vocab_size - 1:,} and only {len(vocab):,} tokens: number them "
+                "without gaps"
+            )
         self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:  # noqa: D102
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # which is no Exception
+                raise
+            raise ValueError(f"tokenizer {self._name}: one of its patterns fails on a text: {error}") from error
 
     def decode(self, ids: list[int]) -> str:  # noqa: D102
         return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -139,9 +139,11 @@ def shards(index: Path) -> list[Path]:
     """
     try:
         listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError) as error:
+        if outside := [name for name in listed if not isinstance(name, str) or not name or Path(name).name != name]:
+            raise ValueError(f"it names {outside[0]!r}, which is no file beside it")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index}: corrupted, it has no weight_map: {error}") from error
-    files = [index.with_name(Path(name).name) for name in sorted(listed)]
+    files = [index.with_name(name) for name in sorted(listed)]
     if absent := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{index} names files that are not there: {', '.join(absent)}")
     return files

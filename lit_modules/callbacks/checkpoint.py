@@ -14,15 +14,19 @@ from lit_modules.checkpoints.validation import step_of
 from lit_modules.checkpoints.writing import AtomicCheckpointIO
 from lit_modules.runs.errors import RunError
 
+ACCUMULATE = "accumulate_grad_batches"  # of the run that wrote a checkpoint: Lightning counts batches, not steps
+
 
 class RunCheckpoint(ModelCheckpoint):
     """ModelCheckpoint that keeps as many as it is told to, however often the run was killed, resumed or moved.
 
     ModelCheckpoint would keep each one that a run has been resumed from too, those that a killed process had still to
-    remove, and all of a folder that has another path now or had a larger `save_top_k`.
+    remove, and all of a folder that has another path now or had a larger `save_top_k`; and it would never save what a
+    process had still to save when it was killed, after another callback had saved the same step.
     """
 
     _saved: dict[str, Any] | None = None  # its state in the checkpoint that the run is resumed from
+    _source: Path | None = None  # a checkpoint of this step, to be copied and not written anew
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -30,20 +34,37 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        assert self.dirpath is not None
+        self._resume(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resume(trainer)  # of a run that was killed at its last step, for which nothing else is called
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Of every checkpoint, whoever saves it: with what we would save of the same step."""
+        if self._is_due(trainer) and "callbacks" in checkpoint:
+            checkpoint["callbacks"][self.state_key] |= {"due": self._monitor_candidates(trainer)}
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether the validation that ends here is one to save after."""
+        every = self._every_n_epochs
+        return bool(trainer.validating) and every >= 1 and (trainer.current_epoch + 1) % every == 0
+
+    def _resume(self, trainer: Trainer) -> None:
         resumed = Path(trainer.ckpt_path or "").resolve()
-        if self._saved is not None and resumed.parent == Path(self.dirpath).resolve():
-            self._resume_from(self._saved, trainer, resumed.name)
+        saved, self._saved = self._saved, None
+        if saved is not None and resumed.parent == Path(str(self.dirpath)).resolve():
+            self._resume_from(saved, trainer, resumed.name)
 
     def _resume_from(self, saved: dict[str, Any], trainer: Trainer, resumed: str) -> None:
         """Keep what is here of the saved ones; remove the others from before the step that the run is resumed from."""
         folder = Path(str(self.dirpath))
         steps = {path.name: step_of(path) for path in folder.glob("*.ckpt")} if trainer.is_global_zero else {}
+        due = saved.get("due")
         for name, step in steps.items():  # what another callback saved first at that step does not have our last save
             if step == trainer.global_step and self._has_named(name):
                 with suppress(ValueError):  # corrupted
-                    saved = read_header(folder / name)["callbacks"].get(self.state_key, saved)
-        saved, steps = trainer.strategy.broadcast((saved, steps))
+                    saved, due = read_header(folder / name)["callbacks"].get(self.state_key, saved), None
+        saved, due, steps = trainer.strategy.broadcast((saved, due, steps))
         kept = {Path(path).name: score for path, score in saved["best_k_models"].items() if Path(path).name in steps}
         worst = max if self.mode == "min" else min
         while len(kept) > self.save_top_k >= 0:
@@ -59,6 +80,21 @@ class RunCheckpoint(ModelCheckpoint):
         for name in steps.keys() - known if self.save_top_k >= 0 else ():
             if self._has_named(name) and steps[name] < trainer.global_step:
                 trainer.strategy.remove_checkpoint(str(folder / name))
+        if due is not None and self.monitor in due:
+            self._source = folder / resumed
+            self._save_topk_checkpoint(trainer, due)
+            self._save_last_checkpoint(trainer, due)
+            self._source = None
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if self._source is None:
+            super()._save_checkpoint(trainer, filepath)
+            return
+        if trainer.is_global_zero:
+            io: Any = trainer.strategy.checkpoint_io
+            io.copy_checkpoint(self._source, Path(filepath), {self.state_key: self.state_dict()})
+        trainer.strategy.barrier()
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
 
     def _has_named(self, name: str) -> bool:
         """Whether a file's name is of the form `filename`, its placeholders being numbers."""
@@ -156,9 +192,20 @@ class Checkpoint(RunCheckpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Of every checkpoint, whoever saves it."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint[ACCUMULATE] = trainer.accumulate_grad_batches
         epochs: Any = trainer.fit_loop.epoch_progress.current
         if "loops" in checkpoint and epochs.processed == epochs.completed + 1:
             _before_the_end_of_the_epoch(checkpoint["loops"]["fit_loop"], trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count in the batches of this run, where a step has more or fewer of them than before."""
+        now = trainer.accumulate_grad_batches
+        if trainer.training and (before := checkpoint.get(ACCUMULATE, now)) != now:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                ready = counts["ready"]
+                counts |= {name: -(-ready // before) * now - (ready - count) for name, count in counts.items()}
 
     def _finish_step(self, trainer: Trainer) -> None:
         """A step that is half done would be lost: keep the request to stop until it is complete."""
@@ -174,17 +221,20 @@ class Checkpoint(RunCheckpoint):
 
         Not by ModelCheckpoint, which at the end of an epoch waits for a validation whether one comes or not (2.6).
         """
-        every, step = self._every_n_train_steps, trainer.global_step
-        last = step == trainer.max_steps or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+        last = trainer.should_stop and trainer.fit_loop._can_stop_early
         if trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             last |= trainer.current_epoch + 1 == trainer.max_epochs
-        due = self.requested or last or (every > 0 and step % every == 0) or self._time_is_up(trainer)
+        due = self.requested or last or self._is_due(trainer) or self._time_is_up(trainer)
         between = trainer.fit_loop.epoch_loop._should_accumulate()
         if due and not between and not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
             self._last_time_checked = time.monotonic()
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        every, step = self._every_n_train_steps, trainer.global_step
+        return step == trainer.max_steps or (every > 0 and step % every == 0)
 
     def _time_is_up(self, trainer: Trainer) -> bool:
         if self._train_time_interval is None:

@@ -9,10 +9,13 @@ from lit_modules.runs.logs import write_if_possible
 
 
 class LossCurve(Callback):
-    """Draws `loss.png` into the run's folder at the end of training, from its `metrics.csv` and `growth.csv`."""
+    """Draws `loss.png` into the run's folder at the end of training, from its `metrics.csv` and `growth.csv`.
+
+    Also when a run that was killed after its last step is resumed.
+    """
 
     @rank_zero_only
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
             logger.save()
         run_dir = Path(trainer.default_root_dir)

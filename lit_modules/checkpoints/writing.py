@@ -5,6 +5,7 @@ that ends in `.partial`, brought to the disk, and renamed. A folder has a manife
 files, which is written last; a file is a zip archive, which has its own.
 """
 
+import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from lit_modules.checkpoints.validation import MANIFEST, checksums, write_manifest
 from lit_modules.runs.errors import causes
+from tokenformer.files import SHARDED
 
 PARTIAL = ".partial"
 
@@ -53,6 +56,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self._writing = path, self._writer.submit(self._write, _on_host(checkpoint), path)
         else:
             self.finish_save(path, self._write(checkpoint, path))
+
+    def copy_checkpoint(self, source: Path, path: Path, states: dict[str, Any]) -> None:
+        """Save once more what is in a checkpoint, with other states of some callbacks."""
+        self.wait()
+        try:
+            copy_checkpoint(source, path, states)
+        except Exception as error:
+            self.finish_save(path, error)
+        else:
+            self.finish_save(path, None)
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> Exception | None:
         try:
@@ -127,6 +140,26 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         raise
 
 
+def copy_checkpoint(source: Path, path: Path, states: dict[str, Any]) -> None:
+    """Write a checkpoint once more under another name, complete or not at all; `states` replace those of callbacks."""
+    head = torch.load(source / SHARDED if source.is_dir() else source, "cpu", weights_only=True, mmap=True)
+    head["callbacks"] |= states
+    if not source.is_dir():
+        write_checkpoint(head, path)
+        return
+    partial = partial_of(path)
+    try:
+        shutil.copytree(source, partial)
+        (partial / SHARDED).unlink()  # what is mapped is not written over
+        torch.save(head, partial / SHARDED)
+        files = json.loads((source / MANIFEST).read_text())
+        write_manifest(partial, [files, {SHARDED: checksums(partial, 0)[SHARDED]}])
+        publish(path)
+    except Exception:
+        discard(partial)
+        raise
+
+
 def partial_of(path: Path) -> Path:
     """Where a checkpoint is written before it has its name."""
     return path.with_name(path.name + PARTIAL)
@@ -152,8 +185,8 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or a folder, complete or not."""
-    if path.is_dir():
+    """Remove a file or a folder, complete or not; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)  # several processes may
     else:
         path.unlink(missing_ok=True)

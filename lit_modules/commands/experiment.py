@@ -40,7 +40,7 @@ from lit_modules.checkpoints.writing import AtomicCheckpointIO, remove_partial_c
 from lit_modules.commands.given import SIZES, InstantiateModel, SaveConfig, as_list, check_options, size_of_data
 from lit_modules.commands.parser import ArgumentParser
 from lit_modules.commands.plan import num_devices, plan
-from lit_modules.commands.run_folder import config_name, resolve_run
+from lit_modules.commands.run_folder import config_name, replace_links, resolve_run
 from lit_modules.modules import language, vision
 from lit_modules.modules.base import TokenFormerModule
 from lit_modules.modules.language import LanguageModule
@@ -167,6 +167,7 @@ class ExperimentCLI(LightningCLI):
             if _get_rank() in (None, 0):  # the others, where a launcher started them, hear of it from Lightning
                 try:
                     run_dir.mkdir(parents=True, exist_ok=True)
+                    replace_links(run_dir)
                     self.held_locks.append(RunLock(run_dir))
                 except OSError as error:
                     raise ValueError(f"run_dir={run_dir}: can't be written to ({error.strerror})") from error

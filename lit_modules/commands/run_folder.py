@@ -45,12 +45,23 @@ def resolve_run(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
     if checkpoint and config.ckpt_path == "last" and subcommand == "fit" and not given:
         return checkpoint.parent.parent, checkpoint  # resumes in the run's own folder
     folder = given or _new_run_dir(experiment, subcommand)
-    resumes = subcommand == "fit" and checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
+    places = {place.resolve() for place in (checkpoint or Path()).absolute().parents}  # checkpoints/ may be a link
+    resumes = subcommand == "fit" and checkpoint is not None and folder.resolve() in places
     if resumes and checkpoint is not None and config.ckpt_path != "last":
         _refuse_later_ones(checkpoint)
     if (folder / "config.yaml").exists() and not resumes:
         raise ValueError(f"run_dir={folder} holds a run already: resume it by --ckpt_path last, or choose another")
     return folder, checkpoint
+
+
+def replace_links(folder: Path) -> None:
+    """Make files of the links to files in a run's folder: what the run writes there it writes nowhere else."""
+    for link in folder.iterdir():
+        if link.is_symlink() and not link.is_dir():
+            content = link.read_bytes() if link.is_file() else None
+            link.unlink()
+            if content is not None:
+                link.write_bytes(content)
 
 
 def _refuse_later_ones(checkpoint: Path) -> None:

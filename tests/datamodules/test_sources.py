@@ -200,3 +200,27 @@ def test_a_separator_from_a_command_line_is_the_one_of_a_config(tmp_path):
     given = [TextDataModule(document_separator=separator) for separator in (r"\n\n", "\n\n", r"\t--\n", "--")]
     assert [data.form.document_separator for data in given] == ["\n\n", "\n\n", "\t--\n", "--"]
     assert given[0].folder == given[1].folder != given[3].folder
+
+
+HOSTILE = {
+    "nested": (b'{"text": "a"}\n' + b"[" * 10**6, "t.jsonl:2: can't be read as JSON"),
+    "digits": (b'{"text": "a", "number": ' + b"9" * 10**5 + b"}", "t.jsonl:1: can't be read as JSON .*100000 digits"),
+    "zeros": (b'{"text": "a"}\n' + bytes(100), "t.jsonl"),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE)
+def test_a_hostile_line_is_named(tmp_path, content):
+    (tmp_path / "t.jsonl").write_bytes(HOSTILE[content][0])
+    with pytest.raises(ValueError, match=HOSTILE[content][1]):
+        texts_of(str(tmp_path / "t.jsonl"))
+
+
+@pytest.mark.parametrize("ending", ["txt.gz", "jsonl.zst"])
+def test_what_unpacks_to_far_more_is_not_unpacked(tmp_path, ending, monkeypatch):
+    monkeypatch.setattr("datamodules.reading.LEAST_INFLATED", 2**16)
+    content = bytes(b"a" * 2**22)
+    packed = gzip.compress(content) if ending == "txt.gz" else pyarrow.compress(content, "zstd", asbytes=True)
+    (tmp_path / f"t.{ending}").write_bytes(packed)
+    with pytest.raises(ValueError, match=f"t.{ending}: unpacks to more than 200 times its size"):
+        texts_of(str(tmp_path / f"t.{ending}"))

@@ -1,5 +1,7 @@
 """Text to ids and back."""
 
+import json
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
@@ -64,6 +66,35 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json.*not a tokenizer"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+HOSTILE = {
+    "ids far apart": ({"model": {"vocab": {"zz": 10**6}}}, "ids up to 1,000,000 and only 263 tokens: number them"),
+    "the largest id": ({"model": {"vocab": {"zz": 2**32 - 1}}}, "ids up to 4,294,967,295 and only 263 tokens"),
+    "a negative id": ({"model": {"vocab": {"zz": -1}}}, "not a tokenizer.json, .*integer `-1`"),
+    "a pattern without end": (
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}},
+        "one of its patterns fails on a text: .*retry-limit",
+    ),
+    "nested": (None, "not a tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_a_hostile_tokenizer_is_refused(tmp_path, hostile):
+    """Before the ids beyond its tokens are counted one by one, in the file and in the embedding."""
+    changes, message = HOSTILE[hostile]
+    path = tmp_path / "tokenizer.json"
+    train_bpe(["some text"], 262).save(path)
+    content = json.loads(path.read_text())
+    for key, value in (changes or {}).items():
+        if key == "model":
+            content["model"]["vocab"] |= value["vocab"]
+        else:
+            content[key] = value
+    path.write_text(json.dumps(content) if changes else "[" * 10**6)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(str(path)).encode_batch(["a" * 30 + "b"])
 
 
 @pytest.mark.parametrize(

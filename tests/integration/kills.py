@@ -3,7 +3,8 @@
     python -m tests.integration.kills --runs 100 --out kills.csv
 
 One process imports everything and forks, so a start costs a second and not eight. Of several processes one is killed,
-and then the others, as torchrun and srun do it.
+and then the others, as torchrun and srun do it. Every other kill comes right after a checkpoint was written, where the
+next one of the same step is still to be written and those before are to be removed.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle
 from multiprocessing import get_context
@@ -72,7 +74,7 @@ class Job:
         self.codes: list[int] = []
         self.began = time.monotonic()
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
         """Whether all have ended by then. One that fails takes the others with it, a moment later."""
         end, grace = time.monotonic() + seconds, None
         while self.running:
@@ -85,9 +87,9 @@ class Job:
                         grace = time.monotonic() + (0 if self.codes[-1] < 0 else 10)
             if grace and time.monotonic() > grace:
                 self.send(signal.SIGKILL, [*self.running])
-            if time.monotonic() > end:
+            if time.monotonic() > end or until():
                 return not self.running
-            time.sleep(0.002)
+            time.sleep(0.0005)
         return True
 
     def send(self, number: int, ranks: list[int]) -> None:
@@ -121,20 +123,41 @@ def _fork(command: list[str], world: dict[str, str], log: Path) -> int:
         os._exit(code)
 
 
+class Saves:
+    """Whether so many checkpoints have got their names since; for 0 never."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.number = folder, number
+        self.there = self.now()
+
+    def now(self) -> set[str]:
+        return {name for name in os.listdir(self.folder) if name.endswith(".ckpt")} if self.folder.exists() else set()
+
+    def __call__(self) -> bool:
+        if self.number:
+            new = (now := self.now()) - self.there
+            self.number, self.there = max(self.number - len(new), 0), now | self.there
+            return not self.number
+        return False
+
+
 def survive(command: list[str], size: int, duration: float, seed: int, log: Path, most: int = 4) -> list[str]:
     """Start a run until it ends by itself, and kill it at random moments; returns how it was killed."""
-    choose, kills = random.Random(seed), []
+    choose, kills, folder = random.Random(seed), [], Path(command[-1]) / "checkpoints"
     while True:
+        saves = choose.choice((0, choose.randint(1, 8)))
+        awaited = Saves(folder, saves)
+        moment = 10 * duration if saves else choose.uniform(0, 1.1 * duration)
         job = Job(command, size, log)
-        moment = choose.uniform(0, 1.1 * duration)
-        if job.wait(moment if len(kills) < most else 120):
+        if job.wait(*((moment, awaited) if len(kills) < most else (120,))):
             assert job.codes == [0] * size, f"ended with {job.codes}:\n{log.read_text()[-5000:]}"
             return kills
         number = choose.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
         # A terminal sends SIGINT to all; the others come to one.
         hit = [*job.running] if number == signal.SIGINT else [choose.choice([*job.running])]
         job.send(number, hit)
-        kills.append(f"{signal.Signals(number).name} {moment:.2f} s" + (f" rank {hit[0]}" if size > len(hit) else ""))
+        when = f"save {saves}" if saves else f"{moment:.2f} s"
+        kills.append(f"{signal.Signals(number).name} {when}" + (f" rank {hit[0]}" if size > len(hit) else ""))
         assert job.wait(90), f"hangs after {kills[-1]}:\n{log.read_text()[-5000:]}"
 
 

@@ -368,6 +368,27 @@ def test_a_run_folder_with_an_odd_name_is_a_folder(finished, tmp_path):
     assert latest_valid((run / "checkpoints").glob("*.ckpt")) is not None
 
 
+def test_what_is_linked_in_a_run_folder_is_left_alone(copied, tmp_path):
+    """Nothing outside of it is written or removed; the checkpoints may lie elsewhere, behind a link to their folder."""
+    command, run = copied
+    elsewhere = tmp_path / "elsewhere"
+    (run / "checkpoints").rename(elsewhere)
+    (run / "checkpoints").symlink_to(elsewhere)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("config.yaml", "metrics.csv", "run.lock"):
+        (run / name).rename(mine / name)
+        (run / name).symlink_to(mine / name)
+    (mine / "folder").mkdir()
+    (mine / "folder/text").write_text("keep")
+    (run / "checkpoints/step-00000001.ckpt.partial").symlink_to(mine / "folder")
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    main(command)
+    assert before == {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    assert not any(path.is_symlink() for path in [*run.iterdir(), *elsewhere.iterdir()] if path.name != "checkpoints")
+    assert [step for step, _ in rows(run, "train/loss")] == [*range(len(rows(run, "train/loss")))]
+
+
 # Written while the training goes on.
 
 

@@ -245,11 +245,16 @@ def test_scores_are_matched_to_those_of_all_processes(in_two_processes, corpus, 
 
 
 def test_a_chain_of_strategies_ends_as_one_process(in_two_processes, corpus, tmp_path):
-    """DDP to step 4, one process to 8, FSDP2 to 12, one process to 14: it grows in the second and in the third."""
+    """DDP to step 2, one process to 8, FSDP2 to 12, one process to 14: it grows in the second and in the third.
+
+    A step has 1, 4, 2 and 1 batches; it is changed where it would end in the middle of an accumulation.
+    """
     folder, second, third, fourth = in_two_processes, *(tmp_path / name for name in ("second", "third", "fourth"))
     one, config = one_process(corpus, folder), folder / "one-config/tiny.yaml"
-    main(fit(config, second, resume=checkpoint_of(folder / "ddp/whole", 4)))
-    run_in_processes([fit(config, third, *FULL, *saving(every=2), resume=checkpoint_of(second, 8))])
+    singly = ["--data.batch_size=1", "--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=16"]
+    main(fit(config, second, *singly, resume=checkpoint_of(folder / "ddp/whole", 2)))
+    singly[1] = "--trainer.accumulate_grad_batches=2"
+    run_in_processes([fit(config, third, *FULL, *singly, *saving(every=2), resume=checkpoint_of(second, 8))])
     main(fit(config, fourth, resume=checkpoint_of(third, 12)))
     assert difference(one, fourth) < 1e-5
     assert [row["step"] for row in csv.DictReader((fourth / "growth.csv").open())] == ["6", "10"]

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
+from lit_modules.callbacks.checkpoint import RunCheckpoint
 from lit_modules.cli import main
 from tests.conftest import ROOT, same_threads
 from tests.integration.tiny import rows, write_config
@@ -148,17 +150,20 @@ def test_average_is_not_trained_on_as_if_it_were_the_weights(corpus, tmp_path):
 
 
 def test_resume_with_other_batches_loses_and_repeats_nothing(corpus, tmp_path):
-    """From 4 sequences and 2 batches a step to 2 sequences and 4 batches: the same steps, so the same losses."""
-    config = write_config(tmp_path, corpus, trainer={"max_steps": 12, "log_every_n_steps": 1, "limit_val_batches": 0})
-    command = ["fit", "--config", str(config), "--trainer.precision=64-true", "--data.seq_len=128"]
-    first = ["--data.batch_size=4", "--trainer.accumulate_grad_batches=2"]
-    main([*command, *first, "--run_dir", str(tmp_path / "whole")])
-    checkpoint = tmp_path / "whole/checkpoints/step-00000008.ckpt"
-    other = ["--data.batch_size=2", "--trainer.accumulate_grad_batches=4"]
+    """From 1 batch of 4 sequences a step to 2 of 2, in the middle of an epoch of 9 steps: the same steps and epochs."""
+    trainer = {"max_steps": -1, "max_epochs": 1, "log_every_n_steps": 1, "limit_val_batches": 0}
+    config = write_config(tmp_path, corpus, trainer=trainer, checkpoint={"every_n_train_steps": 7})
+    command = ["fit", "--config", str(config), "--trainer.precision=64-true", "--data.seq_len=512"]
+    main([*command, "--run_dir", str(tmp_path / "whole")])
+    checkpoint = tmp_path / "whole/checkpoints/step-00000007.ckpt"
+    other = ["--data.batch_size=2", "--trainer.accumulate_grad_batches=2"]
     main([*command, *other, "--run_dir", str(tmp_path / "other"), "--ckpt_path", str(checkpoint)])
-    for column in ("train/loss", "train/grad_norm", "train/tokens"):
-        expected = [value for _, value in rows(tmp_path / "whole", column)[8:]]
-        assert [value for _, value in rows(tmp_path / "other", column)] == pytest.approx(expected, rel=1e-9), column
+    for column in ("train/loss", "train/grad_norm", "train/tokens", "epoch"):
+        expected = rows(tmp_path / "whole", column)
+        assert len(expected) == 9
+        assert [step for step, _ in rows(tmp_path / "other", column)] == [7, 8]
+        found = [value for _, value in rows(tmp_path / "other", column)]
+        assert found == pytest.approx([value for _, value in expected[7:]], rel=1e-9), column
 
 
 def test_a_truncated_checkpoint_that_was_asked_for_is_named(finished, tmp_path):
@@ -219,3 +224,43 @@ def test_what_a_killed_process_had_still_to_remove_is_removed(finished, tmp_path
         {"0008", "0012", "best-step-00000012", "mine"},
         {"0016", "best-step-00000016", "mine"},
     ]
+
+
+@pytest.mark.parametrize(("step", "first"), [(8, "checkpoint"), (4, "best")])
+def test_a_kill_between_the_two_saves_of_a_step_costs_neither(corpus, tmp_path, monkeypatch, step, first):
+    """Of the last step too, after which a resumed run has nothing to train but a curve to draw."""
+    config = write_config(tmp_path, corpus, checkpoint={"save_top_k": 1})
+    command = ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--ckpt_path=auto"]
+    command += ["--trainer.callbacks=LossCurve"]
+    if first == "best":  # without a validation, which comes before the save of the step itself
+        command += ["--best.monitor=train/loss", "--best.every_n_train_steps=4", "--trainer.limit_val_batches=0"]
+    save = RunCheckpoint._save_checkpoint
+
+    def killed(self, trainer, path):
+        if trainer.global_step == step and ("best" in path) == (first == "checkpoint"):
+            raise Killed
+        save(self, trainer, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoint, "_save_checkpoint", killed)
+        with pytest.raises(Killed):
+            main(command)
+    main([*command, "--trainer.max_steps=8"])
+    main([*command[:3], "--run_dir", str(tmp_path / "whole"), *command[5:]])
+    files = {run: {p.name for p in (tmp_path / run).rglob("*") if "tfevents" not in p.name} for run in ("run", "whole")}
+    assert files["run"] == files["whole"]
+    assert {"step-00000008.ckpt", "best-step-00000008.ckpt", "loss.png"} <= files["run"]
+    for name in ("step-00000008.ckpt", "best-step-00000008.ckpt"):
+        ends = [torch.load(tmp_path / run / "checkpoints" / name, weights_only=True) for run in ("whole", "run")]
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
+            assert_same(ends[0][key], ends[1][key], key)
+        for one, other in zip(*(end["callbacks"].items() for end in ends), strict=True):
+            if "Checkpoint" in one[0]:
+                assert one[0] == other[0]
+                assert [Path(path).name for path in one[1]["best_k_models"]] == [
+                    Path(path).name for path in other[1]["best_k_models"]
+                ]
+
+
+class Killed(BaseException):
+    pass

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, whatever happens while they are written."""
 
+import errno
 import os
 import signal
 import time
@@ -54,14 +55,17 @@ def test_damage_is_seen_wherever_it_is(tmp_path):
         assert latest_valid([path]) is None
 
 
+CALLBACKS = {"a": 1, "b": 2}
+
+
 def write_file(io, path, content):
-    io.save_checkpoint({"step": content, "weight": torch.full((1000,), content)}, path)
+    io.save_checkpoint({"step": content, "weight": torch.full((1000,), content), "callbacks": CALLBACKS}, path)
 
 
 def write_folder(io, path, content):
     """As FSDP2 does in one process."""
     partial_of(path).mkdir()
-    torch.save({"step": content}, partial_of(path) / "meta.pt")
+    torch.save({"step": content, "callbacks": CALLBACKS}, partial_of(path) / "meta.pt")
     torch.save(torch.full((1000,), content), partial_of(path) / "__0_0.distcp")
     validation.write_manifest(partial_of(path), [validation.checksums(partial_of(path), 0)])
     writing.publish(path)
@@ -186,3 +190,24 @@ def test_outside_of_training_only_what_others_callbacks_saved_is_missed(training
     trainer = SimpleNamespace(callbacks=list(here), training=training)
     check_resume(checkpoint, SimpleNamespace(config=LMConfig(), trainer=trainer, _trainer=trainer))
     assert checkpoint["callbacks"].keys() == states.keys() - (set() if training else set(gone))
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_a_copy_is_whole_or_not_there_and_has_other_states(tmp_path, write, monkeypatch):
+    """As a resumed run makes it of a step that was saved once and had to be twice."""
+    io = AtomicCheckpointIO()
+    write(io, tmp_path / "a.ckpt", 1)
+    io.copy_checkpoint(tmp_path / "a.ckpt", tmp_path / "b.ckpt", {"b": 3})
+    for name, value in (("a", 2), ("b", 3)):
+        path = tmp_path / f"{name}.ckpt"
+        assert find_corruption(path) is None
+        head = torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True)
+        assert head["callbacks"] == {"a": 1, "b": value}
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.warns(UserWarning, match=r"c.ckpt could not be written: No space left"):
+        io.copy_checkpoint(tmp_path / "a.ckpt", tmp_path / "c.ckpt", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt"]
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -160,3 +160,12 @@ def test_an_index_of_more_than_the_files_hold_is_refused(tmp_path):
     (tmp_path / "a.ckpt/.metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match=r"its index is of tensors of 4,000,000,000,000 bytes, its files have"):
         _sharded_tensors(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", ".", "", 5, None, ["a"]])
+def test_an_index_of_weights_names_files_beside_it(tmp_path, name):
+    save_pretrained(TokenFormerLM(CONFIG), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(ValueError, match=r"index.json(: corrupted| names files that are not there: \.\.$)"):
+        from_pretrained(tmp_path)
