@@ -32,7 +32,7 @@ def test_anchored_scores_are_divided_by_the_norm_of_the_others():
     state = layer.state_dict()
     other.load_state_dict(state)
     assert torch.equal(other(x), layer(x))
-    with pytest.raises(ValueError, match=r"segments\.1\.norm_weight=0\.5: the scores count in the norm"):
+    with pytest.raises(ValueError, match=r"segments\.1\.norm_weight=0\.5: scores count in the norm"):
         other.load_state_dict(state | {"segments.1.norm_weight": torch.tensor([0.5])})
 
 
