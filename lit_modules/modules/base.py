@@ -147,7 +147,7 @@ class TokenFormerModule(LightningModule, ABC):
         """Refuse what can't work, for a trainer that no command line has looked at."""
         trainer: Any = self.trainer
         if stage == "fit":
-            refuse_settings(trainer)
+            refuse_settings(trainer, trainer.world_size)
             refuse_callbacks(type(c) for c in trainer.callbacks if not isinstance(c, Timer))  # that of `max_time`
             own = type(self).configure_optimizers is not TokenFormerModule.configure_optimizers
             if trainer.max_steps >= 0 and not own:  # else its epochs say, when the loaders are known
