@@ -48,7 +48,7 @@ def match_initial(source: str, data: Any) -> bool:
     """
     path = Path(source)
     if path.is_file():
-        saved = load_trained(path).pretrained_cfg.get("label_names")
+        saved = getattr(load_trained(path), "pretrained_cfg", {}).get("label_names")
     else:
         listed = path / CLASS_MAP
         in_config = read_json(path).get("pretrained_cfg", {}).get("label_names")
