@@ -203,12 +203,13 @@ def load_trained(path: str | Path) -> TokenFormerLM | TokenFormerViT:
     return joined.eval()
 
 
-def load_initial_weights(model: Any, folder: str | Path) -> bool:
+def load_initial_weights(model: Any, folder: str | Path, same_classes: bool = True) -> bool:
     """Give a model the weights in a folder, to train it further. A classifier for other classes stays new.
 
     Args:
         model: a TokenFormerLM or TokenFormerViT of the sizes in the folder's config; see `FREE` for what may differ.
         folder: what :func:`from_pretrained` reads, or :func:`load_trained`.
+        same_classes: whether equally many classes are the same ones.
 
     Returns:
         Whether the model has a classifier that stays new.
@@ -226,7 +227,7 @@ def load_initial_weights(model: Any, folder: str | Path) -> bool:
         raise ValueError(f"{folder} has a model of other sizes: set model.config to {listed}")
     tensors = dict(trained.state_dict()) if trained else _read_weights(folder)
     new: tuple[str, ...] = (".tau_gain",)  # 0, of a tau that is trained from now on
-    new_head = own.get("num_classes") != source.get("num_classes")
+    new_head = not same_classes or own.get("num_classes") != source.get("num_classes")
     if new_head:
         new += ("head.weight", "head.bias")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(new[1:])}

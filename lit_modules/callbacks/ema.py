@@ -48,6 +48,7 @@ class EMA(WeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the average, on the device and in the precision that the model is about to have."""
         if stage != "fit":
+            self._average_model = None  # of a training before: weights that are loaded now are evaluated as they are
             return
         self.check_settings(trainer, pl_module)  # a module of the user's own does not ask for it
         self._device = trainer.strategy.root_device

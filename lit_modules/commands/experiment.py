@@ -13,6 +13,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf.errors import OmegaConfBaseException
 
 import datamodules.images
@@ -50,6 +52,7 @@ from lit_modules.runs.lock import RunLock
 from lit_modules.runs.logs import ResumableCSVLogger, ResumableTensorBoardLogger
 from lit_modules.runs.quiet import be_quiet
 from lit_modules.runs.slurm import check_tasks, environment
+from lit_modules.runs.trackers import TrackerIds, in_folder
 from lit_modules.strategies import fsdp2
 
 # Class paths in the configs of older runs.
@@ -142,6 +145,13 @@ class ExperimentCLI(LightningCLI):
         super()._add_instantiators()
         own = InstantiateModel(cli=self, key="model")
         self.parser.add_instantiator(own, LightningModule, subclasses=True, prepend=True)
+        self.parser.add_instantiator(self._make_logger, Logger, subclasses=True)
+
+    def _make_logger(self, kind: type[Logger], **arguments: Any) -> Logger:
+        if self.subcommand in ("prepare", "plan"):  # log nothing, and have no folder
+            return DummyLogger()
+        kind, arguments = in_folder(kind, arguments, Path(self._run_dir))
+        return kind(**arguments)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
         self._args = args
@@ -209,7 +219,7 @@ class ExperimentCLI(LightningCLI):
             AtomicCheckpointIO(self._get(self.config_init, "checkpoint").asynchronous),
             *environment(),
         ]
-        always = [FreeSpace(), Watchdog()]
+        always = [FreeSpace(), Watchdog(), TrackerIds(run_dir)]
         if isinstance(self.model, TokenFormerModule):  # one of the user's own says less of itself
             always += [Throughput(), Summary(run_dir)]
         known = isinstance(self.datamodule, StreamDataModule)

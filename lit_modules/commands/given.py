@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback, _InstantiatorFn
 
+from lit_modules.commands.plan import num_devices
 from lit_modules.runs.options import refuse_callbacks, refuse_settings
 from tokenformer import LMConfig, ViTConfig
 
@@ -22,7 +23,7 @@ def check_options(subcommand: str, trainer: Namespace) -> None:
     Raises:
         ValueError: for the first option that can't, with what to use instead.
     """
-    refuse_settings(trainer)
+    refuse_settings(trainer, num_devices(trainer.devices, trainer.num_nodes))
     kinds = [locate(callback.class_path) for callback in as_list(trainer.callbacks)]
     refuse_callbacks(kind for kind in kinds if isinstance(kind, type))
     endless = trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None

@@ -84,9 +84,23 @@ class ArgumentParser(LightningArgumentParser):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings | {"allow_abbrev": False})
 
+    _file: Any = None  # the config that is read
+
+    def parse_path(self, cfg_path: Any, *args: Any, **settings: Any) -> Any:
+        """As jsonargparse's."""
+        self._file = cfg_path
+        parsed = super().parse_path(cfg_path, *args, **settings)
+        self._file = None
+        return parsed
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: D102 - as argparse's
         if "JSONARGPARSE_DEBUG" in os.environ:
             super().error(message, ex)
+        if self._file is not None and message.startswith("Problems parsing config: "):
+            problem = re.sub(r'in "<unicode string>", |\s+', lambda found: "in " if "<" in found[0] else " ", message)
+            message = f"{self._file}: no YAML: {problem.removeprefix('Problems parsing config: ')}"
+        elif self._file is not None and message.startswith("Unexpected config: "):
+            message = f"{self._file}: holds no keys and values"
         if unknown := UNKNOWN.match(message):
             message = self._unknown(".".join(filter(None, unknown.groups())), message)
         if not self.exit_on_error:

@@ -46,7 +46,9 @@ def _runs_in(folder: Path) -> list[Path]:
     if folder.name == "metrics.csv" or (folder / "metrics.csv").is_file():
         return [folder]
     below = sorted(folder.glob("**/metrics.csv"))
-    return [path.parent for path in below if "train/" in path.read_text().partition("\n")[0]] or [folder]
+    return [path.parent for path in below if "train/" in path.read_text(errors="replace").partition("\n")[0]] or [
+        folder
+    ]
 
 
 def main(args: list[str]) -> None:

@@ -59,7 +59,7 @@ class TokenFormerModule(LightningModule, ABC):
         self.learning_rate = LearningRate(optim)
         self.old_lr_scale = 1.0
         self.skipped: Tensor | None = None
-        self._head_is_new = False  # since `init_from` has other classes
+        self._head_fits, self._head_is_new = True, False  # whether `init_from` has the data's classes, if it says them
         self._overfits = False  # trains on the same few batches again and again
         self._seed = torch.initial_seed()
         self._losses: list[Tensor] = []  # of the batches of this optimizer step
@@ -147,7 +147,7 @@ class TokenFormerModule(LightningModule, ABC):
         """Refuse what can't work, for a trainer that no command line has looked at."""
         trainer: Any = self.trainer
         if stage == "fit":
-            refuse_settings(trainer)
+            refuse_settings(trainer, trainer.world_size)
             refuse_callbacks(type(c) for c in trainer.callbacks if not isinstance(c, Timer))  # that of `max_time`
             own = type(self).configure_optimizers is not TokenFormerModule.configure_optimizers
             if trainer.max_steps >= 0 and not own:  # else its epochs say, when the loaders are known
@@ -161,7 +161,7 @@ class TokenFormerModule(LightningModule, ABC):
         if self.model is None:
             model = self.build_model()
             if self.init_from is not None:  # a checkpoint that is resumed from comes later, and wins
-                self._head_is_new = load_initial_weights(model, self.init_from)
+                self._head_is_new = load_initial_weights(model, self.init_from, self._head_fits)
             self.set_model(model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

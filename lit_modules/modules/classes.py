@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from tokenformer.interop import load_trained, read_json
+
 CLASS_MAP = "class_map.txt"  # beside an exported model, as timm reads it: a line for each class, in the model's order
 
 
@@ -37,13 +39,26 @@ def match_checkpoint(saved: list[str], data: Any) -> None:
     )
 
 
-def match_export(folder: Path, data: Any) -> None:
-    """Take the order of an exported model's classes, if it says them and they are those of the data."""
-    if (folder / CLASS_MAP).is_file():
-        take_order((folder / CLASS_MAP).read_text(encoding="utf-8").splitlines(), data, str(folder))
-    elif sorted(data.class_names) != data.class_names:
+def match_initial(source: str, data: Any) -> bool:
+    """Take the order of the classes of a model to start from, if it says them; whether they are those of the data.
+
+    Args:
+        source: `model.init_from`, an exported folder or a checkpoint.
+        data: the datamodule.
+    """
+    path = Path(source)
+    if path.is_file():
+        saved = getattr(load_trained(path), "pretrained_cfg", {}).get("label_names")
+    else:
+        listed = path / CLASS_MAP
+        in_config = read_json(path).get("pretrained_cfg", {}).get("label_names")
+        saved = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else in_config
+    if saved:
+        return take_order(list(saved), data, source)
+    if sorted(data.class_names) != data.class_names:
         rank_zero_warn(
-            f"model.init_from={str(folder)!r}: has no {CLASS_MAP}, so its classes are taken to be in the order of the "
+            f"model.init_from={source!r}: has no {CLASS_MAP}, so its classes are taken to be in the order of the "
             f"data, {', '.join(data.class_names[:12])}, ...; older versions sorted the names of folders as strings: if "
             f"one wrote it, put a {CLASS_MAP} there, a line for each class in that order"
         )
+    return True

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_modules.modules.base import TokenFormerModule
-from lit_modules.modules.classes import match_checkpoint, match_export
+from lit_modules.modules.classes import match_checkpoint, match_initial
 from lit_modules.modules.recomputing import check_recomputing
 from lit_modules.optim.config import OptimConfig
 from lit_modules.runs.logs import is_log_step
@@ -156,7 +155,7 @@ class VisionModule(TokenFormerModule):
                 f"model.config.patch_size={self.config.patch_size}"
             )
         if self.init_from is not None:
-            match_export(Path(self.init_from), data)
+            self._head_fits = match_initial(self.init_from, data)
 
     def on_train_start(self) -> None:
         """Say that the classifier is new, if it is."""
@@ -187,7 +186,8 @@ class VisionModule(TokenFormerModule):
             )
 
     def _classes(self) -> str:
-        return f"{self.config.num_classes} of data.source"
+        names = getattr(self.trainer.datamodule, "class_names", [])  # type: ignore[attr-defined]
+        return f"{self.config.num_classes} of data.source" + (f" ({', '.join(names[:6])}, ...)" if names else "")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history, what the outputs stand for, and what evaluation does to an image."""
@@ -288,8 +288,8 @@ class VisionModule(TokenFormerModule):
         return data.num_images(stage)
 
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Tensor]:
-        """The likeliest classes and their probabilities, (B, 5), and places in the split; fillers left out."""
-        images, _, places = batch
+        """The likeliest classes and their probabilities, (B, 5), and places in the split (or batch); no fillers."""
+        images, places = batch[0], batch[2] if len(batch) > 2 else torch.arange(len(batch[0]))
         real = places >= 0
         top = self._model(images).float().softmax(dim=-1).topk(min(5, self.config.num_classes))
         return {"places": places[real], "probabilities": top.values[real], "classes": top.indices[real]}

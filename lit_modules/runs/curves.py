@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lit_modules.runs.tables import read_rows
+from lit_modules.runs.tables import number, read_rows
 
 PANELS = {
     "step": "optimizer steps",
@@ -34,7 +34,7 @@ class Run:
     """What a run logged: `columns` are (steps done, values) of `metrics.csv`, `growths` the rows of `growth.csv`.
 
     Raises:
-        ValueError: if the folder is not a run's, or a file of it has no header.
+        ValueError: if the folder is not a run's, or a file of it has no header or something else than numbers.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,9 +44,9 @@ class Run:
             near = (parent for parent in folder.absolute().parents if (parent / "metrics.csv").is_file())
             run = next(near, "runs/NAME/STAMP")
             raise ValueError(f"{folder}/metrics.csv: no such file; give the folder of a run, such as {run}")
-        columns, rows = read_rows(folder / "metrics.csv")
+        columns, rows = read_rows(log := folder / "metrics.csv")
         for column in {*columns} - {"step"}:
-            points = [(int(row["step"]) + 1, float(row[column])) for row in rows if row[column]]  # row 9 is of step 10
+            points = [(int(row["step"]) + 1, number(log, row, column)) for row in rows if row[column]]  # row 9: step 10
             if points:
                 self.columns[column] = np.array(points, dtype=float).T
         growth = folder / "growth.csv"
@@ -58,7 +58,8 @@ class Run:
             return steps
         known = {0.0: 0.0} | dict(zip(*self.columns[axis], strict=True))
         if axis != "train/seconds":  # a growth's seconds are its own; its tokens and FLOPs are the run's until then
-            known |= {float(row["step"]): float(row[axis.removeprefix("train/")]) for row in self.growths}
+            table, column = self.folder / "growth.csv", axis.removeprefix("train/")
+            known |= {float(row["step"]): number(table, row, column) for row in self.growths}
         x, y = np.array(sorted(known.items())).T
         beyond = y[-1] + (y[-1] - y[-2]) / (x[-1] - x[-2]) * (steps - x[-1])  # a validation after the last such row
         return np.where(steps > x[-1], beyond, np.interp(steps, x, y))
@@ -117,7 +118,8 @@ def _draw_panel(axes: Axes, runs: list[Run], found: list[dict[str, Any]], axis: 
             axes.plot(x, values, color=colour, linestyle=dashes, markersize=5, label=label, **look)
         for row in run.growths:
             at = float(run.over(axis, float(row["step"]))) / size
-            text = f"{short(float(row['params_before']))} → {short(float(row['params_after']))}"
+            before, after = (number(run.folder / "growth.csv", row, f"params_{when}") for when in ("before", "after"))
+            text = f"{short(before)} → {short(after)}"
             growths.append((at, float(np.interp(at, x, values)), text, {"colors": colour, "linestyles": dashes}))
     _mark(axes, growths)
     axes.text(0.98, 0.65, "\n".join(lacking), transform=axes.transAxes, ha="right", va="top", fontsize="small")

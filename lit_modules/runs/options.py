@@ -56,11 +56,12 @@ def refuse_callbacks(kinds: Iterable[type]) -> None:
             raise ValueError(f"trainer.callbacks: {kind.__name__} {why}")
 
 
-def refuse_settings(trainer: Any) -> None:
+def refuse_settings(trainer: Any, processes: int) -> None:
     """Refuse arguments of a trainer.
 
     Args:
         trainer: it, or its part of a config.
+        processes: how many it trains in, of all machines together.
 
     Raises:
         ValueError: for the first that can't work, with what to use instead.
@@ -87,6 +88,16 @@ def refuse_settings(trainer: Any) -> None:
             f"counts batches and is no multiple of trainer.accumulate_grad_batches={accumulate}: validations would "
             "come in the middle of a step",
         )
+    seconds = given("_val_check_time_interval")  # of a trainer, which does not keep what was given
+    if seconds is not None or (every is not None and not isinstance(every, (int, float))):
+        interval = f"trainer.val_check_interval={f'{seconds:g} s' if every is None else every}: is a time"
+        if processes > 1:  # they would wait for each other for ever
+            raise ValueError(f"{interval}, and each process has its own clock: give a number of batches")
+        if accumulate and accumulate > 1:
+            raise ValueError(
+                f"{interval}, and validations would come in the middle of a step: give a multiple of "
+                f"trainer.accumulate_grad_batches={accumulate}, in batches"
+            )
     strategy = given("strategy")
     for name, instead in STRATEGIES.items():
         if isinstance(strategy, str) and (strategy == name or strategy.startswith(f"{name}_")):

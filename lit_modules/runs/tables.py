@@ -16,12 +16,15 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     A last line without an end is left out, others that are no rows with a warning. An empty file has no columns.
 
     Raises:
-        ValueError: for a first line that names no column `step`.
+        ValueError: for a first line that names no column `step`, and for what is no CSV.
     """
     *lines, unfinished = path.read_bytes().decode(errors="replace").split("\n")
     zeros = "\0" in unfinished
     # Zeros are what a file system has of bytes that did not reach the disk; what was written later follows on them.
-    cells = list(csv.reader(line.strip("\r").lstrip("\0") for line in lines))
+    try:
+        cells = list(csv.reader(line.strip("\r").lstrip("\0") for line in lines))
+    except csv.Error as error:
+        raise ValueError(f"{path}: no CSV: {error}") from error
     columns = cells[0] if cells else []
     if cells and "step" not in columns:
         raise ValueError(f"{path}: its first line names no column `step`: it is no log of a run, or lost its header")
@@ -30,6 +33,19 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     if lost := max(0, len(cells) - 1) - len(rows) + zeros:
         warnings.warn(f"{path}: {lost} of its lines are no rows and are left out: torn, or zeros", stacklevel=2)
     return columns, rows
+
+
+def number(path: Path, row: dict[str, str], column: str) -> float:
+    """What a row has in a column.
+
+    Raises:
+        ValueError: if that is no number.
+    """
+    try:
+        return float(row[column])
+    except (KeyError, ValueError):
+        found = f"{column}={row[column]!r}" if column in row else f"no {column}"
+        raise ValueError(f"{path}: the row of step {row['step']} has {found}, no number: mend or delete it") from None
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ class Tokens(LightningDataModule):
         ids = torch.arange(33 * 16).reshape(16, 33) % 50
         return DataLoader(TensorDataset(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()), batch_size=4)
 
-    val_dataloader = test_dataloader = train_dataloader
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
 class Images(LightningDataModule):
@@ -25,7 +25,7 @@ class Images(LightningDataModule):
         images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         return DataLoader(TensorDataset(images, torch.arange(16) % 3), batch_size=4)
 
-    val_dataloader = test_dataloader = train_dataloader
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
 class Bigram(LightningModule):

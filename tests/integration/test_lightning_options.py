@@ -169,6 +169,14 @@ REFUSED = {
     "reload": (["--trainer.reload_dataloaders_every_n_epochs=1"], "would repeat the same samples"),
     "no batches": (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0: must be at least 1"),
     "half a step": (["--trainer.accumulate_grad_batches=3"], "no multiple of trainer.accumulate_grad_batches=3"),
+    "clock": (
+        ["--trainer.val_check_interval=00:00:10:00", "--trainer.accumulate_grad_batches=2"],
+        "val_check_interval=00:00:10:00: is a time, .* in the middle of a step",
+    ),
+    "clocks": (
+        ["--trainer.val_check_interval=00:00:10:00", "--trainer.devices=2", "--trainer.strategy=ddp"],
+        "val_check_interval=00:00:10:00: is a time, and each process has its own clock",
+    ),
     "spawn": (["--trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn: use ddp"),
     "fsdp": (["--trainer.strategy=fsdp"], "trainer.strategy=fsdp: use fsdp2"),
     "deepspeed": (["--trainer.strategy=deepspeed_stage_2"], "trainer.strategy=deepspeed_stage_2: use fsdp2"),
@@ -240,6 +248,24 @@ def test_a_validation_after_a_training_with_an_average_names_it_once(corpus, tmp
     trainer = Trainer(max_steps=4, callbacks=[EMA()], limit_val_batches=2, val_check_interval=2, **quiet)
     trainer.fit(module, data)
     assert "val/raw_loss" in trainer.callback_metrics
+    trainer.save_checkpoint(tmp_path / "averaged.ckpt")
     (found,) = trainer.validate(module, data, verbose=False)
     assert "val/loss" in found
     assert "val/raw_loss" not in found
+
+    # Nor do other weights afterwards meet that training's average: they are evaluated as by any other trainer.
+    other = Trainer(limit_val_batches=2, limit_test_batches=2, **quiet)
+    trainer.limit_test_batches = 2
+    state = torch.load(tmp_path / "averaged.ckpt", weights_only=True)
+    for part in state["current_model_state"].values():
+        part.zero_()  # the weights themselves, which no evaluation asks for
+    torch.save(state, tmp_path / "averaged.ckpt")
+    for evaluate in (Trainer.validate, Trainer.test):
+        ours, theirs = (evaluate(t, module, data, tmp_path / "averaged.ckpt", verbose=False) for t in (trainer, other))
+        assert ours == theirs
+    with torch.no_grad():
+        for part in module.parameters():
+            part.mul_(2)
+    ours, theirs = (t.validate(module, data, verbose=False) for t in (trainer, other))
+    assert ours == theirs
+    assert ours != [found]

@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 import yaml
 
 from lit_modules.cli import main
+from lit_modules.modules.classes import match_initial
 from tests.integration.own_modules import OwnOptimizer
 from tests.integration.test_lightning_options import FOUR, fit, saved
 from tests.integration.tiny import TINY_VISION, rows, write_config
@@ -72,7 +74,7 @@ def test_a_model_of_ones_own_trains_on_our_data(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["language", "vision"])
-def test_data_of_ones_own_trains_our_model(corpus, tmp_path, kind):
+def test_data_of_ones_own_trains_our_model(corpus, tmp_path, kind, monkeypatch):
     config = write_config(tmp_path, corpus, trainer=FOUR)
     given = yaml.safe_load(config.read_text())
     given["data"] = {"class_path": f"tests.integration.own_modules.{'Tokens' if kind == 'language' else 'Images'}"}
@@ -87,6 +89,14 @@ def test_data_of_ones_own_trains_our_model(corpus, tmp_path, kind):
     last = f"--ckpt_path={run / 'checkpoints/step-00000004.ckpt'}"
     main(["test", "--config", str(run / "config.yaml"), last, "--run_dir", str(tmp_path / "t")])
     assert rows(tmp_path / "t", "test/loss")
+    predicted = []  # as a callback of the user's own would have them
+    hook = lambda self, trainer, module, outputs, *_: predicted.append(outputs)  # noqa: E731
+    monkeypatch.setattr("lit_modules.callbacks.FreeSpace.on_predict_batch_end", hook)
+    main(["predict", "--config", str(run / "config.yaml"), last, "--run_dir", str(tmp_path / "p")])
+    (total, rest) = (16 * 32, ()) if kind == "language" else (16, (3,))
+    values = torch.cat([outputs["nats" if kind == "language" else "probabilities"] for outputs in predicted])
+    assert values.shape == (total, *rest)
+    assert kind == "language" or values.sum(1).tolist() == pytest.approx([1.0] * 16)
 
 
 SIZES = {
@@ -107,22 +117,48 @@ def test_a_size_that_the_data_overrules_is_an_error(corpus, tmp_path, options, m
 
 
 def test_a_classifier_that_nobody_has_trained_is_not_evaluated(tmp_path, caplog):
-    """Another number of classes than the folder's: `fit` says that the classifier is new, `validate` refuses it."""
+    """Fewer classes than the folder's, or others: `fit` says that the classifier is new, `validate` refuses it."""
     given = json.loads(json.dumps(TINY_VISION))
     given["data"]["init_args"] |= {"source": "digits"}
     given["trainer"] |= {"max_steps": 1, "limit_val_batches": 1, "val_check_interval": 1}
     given["model"]["init_args"]["optim"] |= {"warmup_steps": 0}
     sizes = given["model"]["init_args"]["config"] | {"image_size": given["data"]["init_args"]["image_size"]}
-    save_pretrained(TokenFormerViT(ViTConfig(**sizes | {"num_classes": 3})), tmp_path / "model")
-    given["model"]["init_args"]["init_from"] = str(tmp_path / "model")
-    config = tmp_path / "tiny.yaml"
-    config.write_text(yaml.safe_dump(given))
-    for command in ("validate", "test"):
-        with pytest.raises(ValueError, match="has other classes than the 10 of data.source.* random one: train it"):
+    for command, names in (("test", "abc"), ("validate", "abcdefghij")):
+        model = TokenFormerViT(ViTConfig(**sizes | {"num_classes": len(names)}))
+        torch.nn.init.constant_(model.head.weight, 9.0)
+        save_pretrained(model, tmp_path / names)
+        (tmp_path / names / "class_map.txt").write_text("\n".join(names))
+        given["model"]["init_args"]["init_from"] = str(tmp_path / names)
+        config = tmp_path / "tiny.yaml"
+        config.write_text(yaml.safe_dump(given))
+        with pytest.raises(ValueError, match=r"has other classes than the 10 of data.source \(0, 1, .* one: train it"):
             main([command, "--config", str(config), "--run_dir", str(tmp_path / command)])
     with caplog.at_level("INFO"):
         run = fit(config, tmp_path / "run")
     assert "the classifier is new" in caplog.text
     last = f"--ckpt_path={run / 'checkpoints/step-00000001.ckpt'}"
+    head = torch.load(run / "checkpoints/step-00000001.ckpt", weights_only=True)["state_dict"]["model.head.weight"]
+    assert head.abs().max() < 1
     main(["validate", "--config", str(config), last, "--run_dir", str(tmp_path / "trained")])
     assert rows(tmp_path / "trained", "val/top1")
+
+
+def test_classes_of_a_checkpoint_to_start_from(tmp_path):
+    """Of a file, of a folder with a class map, of one whose config says them: data take their order, if they can."""
+
+    class Data:
+        class_names = ("cat", "dog")
+
+        def set_class_order(self, names):
+            self.class_names = names
+
+    model = TokenFormerViT(ViTConfig(**TINY_VISION["model"]["init_args"]["config"] | {"num_classes": 2}))
+    for names, same in ((["dog", "cat"], True), (["dog", "cow"], False)):
+        model.pretrained_cfg = {"label_names": names}
+        save_pretrained(model, folder := tmp_path / names[1])
+        sizes = {"hyper_parameters": {"config": asdict(model.config)}, "class_names": names}
+        weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        torch.save(sizes | {"state_dict": weights}, tmp_path / "model.ckpt")
+        for source in (folder, tmp_path / "model.ckpt"):
+            assert match_initial(str(source), data := Data()) == same
+            assert data.class_names == (names if same else Data.class_names)

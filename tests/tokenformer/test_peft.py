@@ -73,3 +73,10 @@ def test_an_adapter_of_transformers_own(folder, tmp_path):
     again.load_adapter(str(tmp_path))
     assert torch.equal(again(IDS).logits, tuned)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, tuned)
+
+
+@pytest.mark.parametrize("modules", [["query", "value"], "all-linear"])
+def test_a_projection_is_no_target_module(folder, modules):
+    """Its function of its input is not linear: nothing beside it could be merged into it. peft refuses."""
+    with pytest.raises(ValueError, match=r"Target module Pattention\([\s\S]* is not supported|No `target_modules`"):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=modules))

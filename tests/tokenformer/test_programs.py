@@ -1,5 +1,6 @@
 """The models as programs: torch.export, torch.jit.trace and ONNX, for any batch and length."""
 
+import math
 import sys
 
 import onnxruntime
@@ -8,7 +9,8 @@ import torch
 from torch.export import Dim
 
 from tests.tokenformer.tiny_vit import GROWN, TINY, build, images
-from tokenformer import LMConfig, TokenFormerLM, grow
+from tokenformer import LMConfig, Pattention, TokenFormerLM, grow
+from tokenformer.growth import append_tokens
 from tokenformer.onnx import save_onnx
 
 BLOCKS = {name: TINY[name] for name in ("depth", "dim", "num_heads", "qkv_tokens", "proj_tokens", "ffn_tokens")}
@@ -95,3 +97,15 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r"--format onnx: needs pip install 'tokenformer\[onnx\]'"):
         save_onnx(language(), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("score_norm", ["l2_norm_gelu", "softmax"])
+def test_fvcore_finds_every_product_in_a_trace(score_norm):
+    """It counts `aten::matmul` of its trace by the sizes there, and knows nothing of an operator of ours."""
+    layer = Pattention(8, 6, num_tokens=10, score_norm=score_norm)
+    append_tokens(layer, 4, "random", torch.Generator())
+    with torch.no_grad():
+        graph, _ = torch.jit._get_trace_graph(layer, (torch.rand(2, 5, 8),))
+    products = [node for node in graph.nodes() if node.kind() == "aten::matmul"]
+    sizes = [[factor.type().sizes() for factor in node.inputs()] for node in products]
+    assert sum(math.prod(left) * right[1] for left, right in sizes) == 2 * 5 * 14 * (8 + 6)

@@ -142,6 +142,20 @@ def test_a_mistake_is_said_in_a_line_with_the_key_that_was_meant(given, message,
     assert fnmatchcase(found, message), found
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  a: [1\n  b: 2\n", "no YAML: while parsing a flow sequence in line 2, column 6 did not find *"),
+        ("trainer:\n\tmax_steps: 3\n", "no YAML: while scanning for the next token * in line 2, column 1"),
+        ("text\n", "holds no keys and values"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(text, message, tmp_path, capsys):
+    (file := tmp_path / "own.yaml").write_text(text)
+    found = refusal(capsys, "--config", str(file))
+    assert fnmatchcase(found, f"{file}: {message}"), found
+
+
 def test_a_bad_value_of_a_callback_is_no_unknown_key(capsys):
     growth = "--trainer.callbacks+=GrowParameterTokens"
     found = refusal(capsys, growth, "--trainer.callbacks.init=zerokeys")

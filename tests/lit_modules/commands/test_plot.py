@@ -247,3 +247,29 @@ def test_loss_curve_at_the_end_of_training(tmp_path, monkeypatch):
     assert said[0] == "no loss curve: the run wrote no metrics.csv"
     assert said[1].startswith("no loss curve: ")
     assert said[2] == f"loss curve: {folder / 'loss.png'}"
+
+
+DAMAGED = {
+    "no number": ("train/loss=.x., no number", lambda text: text.replace(b"5.0", b"x")),
+    "no CSV": ("no CSV: new-line", lambda text: text.replace(b",5.0", b",5\r.0")),
+    "other bytes": ("no column .step.", lambda text: bytes(range(128, 200)) + text),
+}
+
+
+@pytest.mark.parametrize(("message", "damage"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_log_is_named(tmp_path, message, damage):
+    log = make_run(tmp_path / "run") / "metrics.csv"
+    log.write_bytes(damage(log.read_bytes()))
+    for folder in (log.parent, tmp_path):
+        with pytest.raises(ValueError, match=rf"run/metrics.csv: .*{message}"):
+            plot([folder])
+
+
+def test_a_damaged_table_of_growths_is_named(tmp_path):
+    table = make_run(tmp_path / "run") / "growth.csv"
+    for column, at in (("flops", "8400"), ("params_after", "2200000")):
+        text = table.read_text()
+        table.write_text(text.replace(at, "?"))
+        with pytest.raises(ValueError, match=rf"growth.csv: the row of step 14 has {column}='\?', no number"):
+            plot([table.parent])
+        table.write_text(text)
