@@ -29,9 +29,7 @@ def pairs(folder: str) -> list[Files]:
     """Pairs of a config and an overlay of this folder, as the headers of the overlays have them."""
     command = re.compile(r"^#   tokenformer fit --config (\S+) --config (\S+)$", re.M)
     return [
-        tuple(ROOT / name for name in pair)
-        for path in configs(folder)
-        for pair in command.findall(path.read_text())
+        tuple(ROOT / name for name in pair) for path in configs(folder) for pair in command.findall(path.read_text())
     ]
 
 

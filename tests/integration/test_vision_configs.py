@@ -116,7 +116,9 @@ def test_config_runs_on_a_shrunken_model(name, images, tmp_path):
     assert_same(ran["optim"], wanted["optim"], but=small["optim"])
     assert_same(saved["data"]["init_args"], asked["data"]["init_args"], but=changed["data"]["init_args"])
     assert_same(saved["trainer"], asked["trainer"], but=["max_steps", "callbacks", *changed["trainer"]])
-    weights = torch.load(checkpoint_of(run_dir, 2), weights_only=True)["state_dict"] if len(EXPERIMENTS[name]) > 1 else {}
+    weights = (
+        torch.load(checkpoint_of(run_dir, 2), weights_only=True)["state_dict"] if len(EXPERIMENTS[name]) > 1 else {}
+    )
     assert all(part.startswith("model.") for part in weights)  # not the teacher's
     if "init_from" in small:
         for part, tensor in from_pretrained(small["init_from"]).state_dict().items():
