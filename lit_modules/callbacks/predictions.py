@@ -82,9 +82,9 @@ class ImagePredictions(_OnOneDevice):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_predict_start(trainer, pl_module)
-        if getattr(pl_module, "predict_features", False):
-            self.schema = self.schema.append(pa.field("features", pa.list_(pa.float32())))
-        self._file, self._unreadable = ParquetWriter(self._path, self.schema), 0
+        features = [pa.field("features", pa.list_(pa.float32()))] * pl_module.predict_features  # type: ignore[operator]
+        self._schema = pa.schema([*self.schema, *features])
+        self._file, self._unreadable = ParquetWriter(self._path, self._schema), 0
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # type: ignore[override]
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -104,7 +104,7 @@ class ImagePredictions(_OnOneDevice):
             "label": [classes and classes[0] for classes in top5],
             "top5": top5,
         } | numbers
-        self._file.write_batch(pa.record_batch(rows, schema=self.schema))
+        self._file.write_batch(pa.record_batch(rows, schema=self._schema))
         self._written += len(top5)
 
     def on_predict_end(self, *_: Any) -> None:
