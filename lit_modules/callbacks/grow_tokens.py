@@ -16,8 +16,9 @@ from lit_modules.callbacks.throughput import Throughput
 from lit_modules.growth.history import describe, write_growths
 from lit_modules.growth.recipe import Recipe, grow_modules, rehearse
 from lit_modules.growth.stages import Stage, check_order, check_past, check_room
-from lit_modules.growth.structure import freeze_old_tokens
+from lit_modules.growth.structure import freeze
 from lit_modules.modules.base import TokenFormerModule
+from lit_modules.optim.trained import trained_names
 from lit_modules.runs.length import num_steps
 from lit_modules.strategies.fsdp2 import FSDP2
 from lit_modules.strategies.new_parameters import check_strategy, register_new_parameters
@@ -105,7 +106,11 @@ class GrowParameterTokens(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which ends before any of them
             check_order(self.stages, [stage.at_step for stage in self.stages], trainer.max_steps)
         with torch.device("meta"):
-            for grown in rehearse(pl_module.build_model(), self.stages, self.recipe, self.verify):
+            model = pl_module.build_model()
+            old = dict(model.named_parameters())
+            for grown in rehearse(model, self.stages, self.recipe, self.verify):
+                if pl_module.trained != "all" and trained_names(grown, pl_module.trained) <= old.keys():
+                    raise ValueError(f"model.train={pl_module.trained} freezes what growth adds: add '*.segments.1.*'")
                 if isinstance(trainer.strategy, FSDP2):
                     check_divisible(grown, trainer.strategy.tensor_parallel_size)
         known = trainer.max_steps > 0 and all(stage.at_step for stage in self.stages)
@@ -229,7 +234,7 @@ class GrowParameterTokens(Callback):
         } | grow_modules([module, *averages], stage, self.recipe, key_stds)
         require_equal_ranks(trainer.strategy, [grown.model for grown in (module, *averages)])
         module.growths = [*module.growths, record]
-        freeze_old_tokens(module)
+        freeze(module)
         register_new_parameters(trainer.strategy)
         torch.compiler.reset()  # else torch.compile gives up after a few sizes and says so in a warning only
         module.update_optimizer()
@@ -258,11 +263,11 @@ class GrowParameterTokens(Callback):
 
     def _look(self, trainer: Trainer, module: TokenFormerModule, loss_of: Any, batch: Any) -> Tensor:
         """The loss of a batch, without a trace in the model."""
-        training = module.model.training
+        training = module.training
         module.model.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             loss = loss_of(batch)
-        module.model.train(training)
+        module.train(training)  # but what is frozen
         if isinstance(trainer.strategy, FSDP2):
             trainer.strategy.reshard()
         return loss

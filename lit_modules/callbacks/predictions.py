@@ -62,7 +62,8 @@ class ImagePredictions(_OnOneDevice):
     """`tokenformer predict` writes `predictions.parquet` into the run's folder, a row of each image.
 
     Columns: file; target (its class where that is known, else null); label (the likeliest class); top5 (the five
-    likeliest, best first); probabilities (theirs). Of an image that can't be read the last three are null.
+    likeliest, best first); probabilities (theirs); with `model.predict_features` also features (what the classifier
+    reads, D numbers). Of an image that can't be read all but the first two are null.
 
     Raises:
         ValueError: with several devices; the images are in order on one only.
@@ -81,7 +82,9 @@ class ImagePredictions(_OnOneDevice):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_predict_start(trainer, pl_module)
-        self._file, self._unreadable = ParquetWriter(self._path, self.schema), 0
+        features = [pa.field("features", pa.list_(pa.float32()))] * pl_module.predict_features  # type: ignore[operator]
+        self._schema = pa.schema([*self.schema, *features])
+        self._file, self._unreadable = ParquetWriter(self._path, self._schema), 0
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # type: ignore[override]
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -89,9 +92,10 @@ class ImagePredictions(_OnOneDevice):
         places = batch[2][real := batch[2] >= 0].tolist()
         targets = batch[1][real].tolist()
         top5: list[Any] = [[names[c] for c in classes] for classes in outputs["classes"].tolist()]
-        probabilities = outputs["probabilities"].tolist()
+        numbers = {name: outputs[name].tolist() for name in ("probabilities", "features") if name in outputs}
         for i in (i for i, target in enumerate(targets) if target == UNREADABLE):
-            top5[i] = probabilities[i] = None
+            for column in (top5, *numbers.values()):
+                column[i] = None
             self._unreadable += 1
         rows = {
             # A name that is not UTF-8 is written with its bytes replaced.
@@ -99,9 +103,8 @@ class ImagePredictions(_OnOneDevice):
             "target": [names[target] if target >= 0 else None for target in targets],
             "label": [classes and classes[0] for classes in top5],
             "top5": top5,
-            "probabilities": probabilities,
-        }
-        self._file.write_batch(pa.record_batch(rows, schema=self.schema))
+        } | numbers
+        self._file.write_batch(pa.record_batch(rows, schema=self._schema))
         self._written += len(top5)
 
     def on_predict_end(self, *_: Any) -> None:

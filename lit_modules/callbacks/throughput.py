@@ -20,10 +20,10 @@ class Throughput(Callback):
     `train/mfu`, and `train/data_wait`, the share of the time that this rank has waited for its loader.
 
     FLOPs are those of matrix products, forward and backward, at the size the model has at that step; what activation
-    checkpointing computes again does not count, and what frozen parameters save is not subtracted. An interval runs
-    from one line of the log to the next, waiting for data included, validation, growth and saving left out; the device
-    is waited for at its end, and at no other step. MFU is FLOP/s over the devices' peak, and is not logged where the
-    peak is unknown.
+    checkpointing computes again does not count, nor what a teacher does (`model.distill`), and what frozen parameters
+    save is not subtracted. An interval runs from one line of the log to the next, waiting for data included,
+    validation, growth and saving left out; the device is waited for at its end, and at no other step. MFU is FLOP/s
+    over the devices' peak, and is not logged where the peak is unknown.
     """
 
     def __init__(self) -> None:

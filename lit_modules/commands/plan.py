@@ -16,6 +16,7 @@ from lit_modules.growth.history import count_by_kind
 from lit_modules.growth.recipe import rehearse
 from lit_modules.growth.stages import Stage
 from lit_modules.modules.language import LanguageModule
+from lit_modules.optim.trained import trained_names
 from tokenformer.cost import Memory, Phase, cumulative_flops, marginal_flops, training_memory
 from tokenformer.growth import pattention_layers
 from tokenformer.hardware import DEVICES, find_device, peak_flops
@@ -185,6 +186,10 @@ def _sizes(model: LanguageModule, growth: GrowParameterTokens | None) -> Iterato
     for size in chain([net], rehearse(net, growth.stages, growth.recipe) if growth else ()):
         size.backbone.checkpoint_activations = model.checkpoint_activations
         size.backbone.recompute_scores(model.recompute_scores)
+        trained = trained_names(size, model.trained)
+        for name, parameter in size.named_parameters():
+            if name not in trained:
+                parameter.requires_grad_(False)
         yield size
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lit_modules.optim.trained import trained_names
 from tokenformer.files import check_size
 from tokenformer.growth import anneal_taus, pattention_layers
 
@@ -27,17 +28,20 @@ def match_structure(module: Any, saved: Mapping[str, Any], growths: list[dict[st
     shapes = {name.removeprefix(prefix): t.shape for name, t in saved.items() if name.startswith(prefix)}
     for name, layer in pattention_layers(module.model).items():
         layer.match(shapes, f"{name}.")
-    freeze_old_tokens(module)
+    freeze(module)
 
 
-def freeze_old_tokens(module: Any) -> None:
-    """In a training freeze what is older than the last growth, if that growth says so, and nothing else."""
-    if not pattention_layers(module.model):
-        return  # a timm model may have parameters that are never trained
-    only_new = module.growths and module.growths[-1]["train"] == "new" and module._trainer is not None
-    new = set(module.growths[-1]["new"]) if only_new else None
+def freeze(module: Any) -> None:
+    """In a training freeze what `model.train` leaves out and, after a growth of `train: new`, all that is older."""
+    in_training, grows = module._trainer is not None, bool(pattention_layers(module.model))
+    trained = trained_names(module.model, module.trained if in_training else "all")
+    if in_training and module.growths and module.growths[-1]["train"] == "new":
+        trained &= set(module.growths[-1]["new"])
     for name, parameter in module.model.named_parameters():
-        parameter.requires_grad_(new is None or name in new)
+        if grows or name not in trained:  # a timm model may have parameters that are never trained
+            parameter.requires_grad_(name in trained)
+    if in_training and module.trained != "all":
+        module.train(module.training)
 
 
 def anneal_tau(module: Any, step: int) -> None:

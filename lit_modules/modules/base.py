@@ -1,9 +1,12 @@
-"""What the modules for language and vision share: hooks of Lightning, in the order in which it calls them."""
+"""What the modules for language and vision share: hooks of Lightning, in the order in which it calls them.
+
+One file: Lightning asks one class for all of them.
+"""
 
 import copy
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -14,12 +17,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lit_modules.checkpoints.compatibility import check_resume
-from lit_modules.growth.structure import anneal_tau, match_structure
+from lit_modules.growth.structure import anneal_tau, freeze, match_structure
 from lit_modules.optim.clipping import clip_grad_norm, weigh_short_step
 from lit_modules.optim.config import OptimConfig
 from lit_modules.optim.groups import adamw, groups_of, module_param_groups, update_param_groups
 from lit_modules.optim.schedule import LearningRate, check_schedule
 from lit_modules.optim.skip_step import propagate_nonfinite, skip_if_nonfinite
+from lit_modules.optim.trained import Train, as_patterns, freeze_modes, trained_names
 from lit_modules.runs.length import num_steps
 from lit_modules.runs.logs import is_log_step
 from lit_modules.runs.options import refuse_callbacks, refuse_settings
@@ -37,6 +41,7 @@ class TokenFormerModule(LightningModule, ABC):
 
     Attributes:
         config: of the model before any growth.
+        trained: which parameters are, `model.train`.
         checkpoint_activations: whether only each block's input is kept for the backward pass.
         recompute_scores: whether Pattention layers keep no scores for it.
         growths: one record of each growth so far, oldest first; goes into the checkpoint.
@@ -51,15 +56,16 @@ class TokenFormerModule(LightningModule, ABC):
     samples: ClassVar[str]  # what a batch consists of, for the log
     predict_option: ClassVar[str]  # what `tokenformer predict` needs, to be shown to the user
 
-    def __init__(self, optim: OptimConfig, init_from: str | None = None) -> None:
+    def __init__(self, optim: OptimConfig, init_from: str | None = None, train: Train = "all") -> None:
         super().__init__()
-        self.optim, self.init_from = optim, init_from
+        self.optim, self.init_from, self.trained = optim, init_from, train
         self.model: Any = None
         self.growths: list[dict[str, Any]] = []
         self.learning_rate = LearningRate(optim)
         self.old_lr_scale = 1.0
         self.skipped: Tensor | None = None
-        self._head_fits, self._head_is_new = True, False  # whether `init_from` has the data's classes, if it says them
+        self._head_fits = True  # whether `init_from` has the data's classes, if it says them
+        self._head_is_new = False  # since `init_from` has other classes, or it is what `train` asks for
         self._overfits = False  # trains on the same few batches again and again
         self._seed = torch.initial_seed()
         self._losses: list[Tensor] = []  # of the batches of this optimizer step
@@ -149,6 +155,9 @@ class TokenFormerModule(LightningModule, ABC):
         if stage == "fit":
             refuse_settings(trainer, trainer.world_size)
             refuse_callbacks(type(c) for c in trainer.callbacks if not isinstance(c, Timer))  # that of `max_time`
+            if self.trained != "all":
+                with torch.device("meta"):
+                    trained_names(self.build_model(), self.trained)
             own = type(self).configure_optimizers is not TokenFormerModule.configure_optimizers
             if trainer.max_steps >= 0 and not own:  # else its epochs say, when the loaders are known
                 self._set_num_steps(trainer.max_steps, f"trainer.max_steps={trainer.max_steps}")
@@ -162,7 +171,18 @@ class TokenFormerModule(LightningModule, ABC):
             model = self.build_model()
             if self.init_from is not None:  # a checkpoint that is resumed from comes later, and wins
                 self._head_is_new = load_initial_weights(model, self.init_from, self._head_fits)
+            if "head" in as_patterns(self.trained):
+                model.reset_classifier(self.config.num_classes)  # type: ignore[operator, attr-defined]
+                self._head_is_new = True
             self.set_model(model)
+            freeze(self)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, in which what is frozen by `model.train` stays in eval mode."""
+        super().train(mode)
+        if mode and self.trained != "all" and self.model is not None:
+            freeze_modes(self.model, self.trained)
+        return self
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the size of the saved model, before its weights are loaded and anything is wrapped around it."""

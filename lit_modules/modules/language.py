@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_modules.modules.base import TokenFormerModule
 from lit_modules.modules.recomputing import check_recomputing
 from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.trained import Train
 from lit_modules.strategies.sharding import shard
 from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.config import widened
@@ -34,6 +35,7 @@ class LanguageModule(TokenFormerModule):
         optim: AdamW and its schedule.
         init_from: folder of an exported or imported model to start from, in place of random weights. `config` has to
             be of its sizes.
+        train: all, or patterns of the names of parameters, such as `backbone.blocks.11.*`; the rest is frozen.
         compile: compile each block with torch.compile: a minute at the start, faster steps.
         checkpoint_activations: keep only each block's input for the backward pass; less memory, a third more work.
         recompute_scores: keep no scores of Pattention layers for the backward pass; less memory, a sixth more of their
@@ -49,12 +51,13 @@ class LanguageModule(TokenFormerModule):
         config: LMConfig,
         optim: OptimConfig,
         init_from: str | None = None,
+        train: Train = "all",
         compile: bool = False,
         checkpoint_activations: bool = False,
         recompute_scores: bool = False,
     ) -> None:
         # From a checkpoint they come as dictionaries, since nothing else is stored: no code runs when one is read.
-        super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim, init_from)
+        super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim, init_from, train)
         self.config = LMConfig(**config) if isinstance(config, dict) else config
         self.compile_blocks, self.checkpoint_activations = compile, checkpoint_activations
         self.recompute_scores = recompute_scores

@@ -1,10 +1,11 @@
-"""VisionModule: training, evaluation and prediction of an image classifier. B batch, C classes."""
+"""VisionModule: training, evaluation and prediction of an image classifier. B batch, C classes, D channels.
+
+One file: Lightning asks one class for all of it.
+"""
 
 from dataclasses import asdict
-from difflib import get_close_matches
 from typing import Any
 
-import timm
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,8 +16,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_modules.modules.base import TokenFormerModule
 from lit_modules.modules.classes import match_checkpoint, match_initial
+from lit_modules.modules.distillation import Distillation, Teacher
+from lit_modules.modules.from_timm import WEIGHTS, check_name, create
 from lit_modules.modules.recomputing import check_recomputing
 from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.trained import Train, as_patterns
 from lit_modules.runs.logs import is_log_step
 from lit_modules.strategies.ranks import data_parallel_rank
 from lit_modules.strategies.sharding import blocks_of, shard
@@ -47,6 +51,10 @@ class VisionModule(TokenFormerModule):
         label_smoothing: share of a target that is spread over all classes, in training.
         init_from: folder of an exported or imported model to start from, in place of random weights. `config` has to
             be of its sizes.
+        train: all, head (a new classifier on frozen features, a linear probe), or patterns of the names of parameters,
+            such as `backbone.blocks.11.*`; the rest is frozen, in eval mode.
+        distill: a teacher whose predictions are learned too, in training; evaluation goes by the labels.
+        predict_features: `predict` writes what the classifier reads, too.
         compile: compile each block with torch.compile: a minute at the start, faster steps.
         checkpoint_activations: keep only each block's input for the backward pass; less memory, a third more work.
         recompute_scores: keep no scores of Pattention layers for the backward pass; less memory, a sixth more of their
@@ -69,29 +77,38 @@ class VisionModule(TokenFormerModule):
         timm_args: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
         init_from: str | None = None,
+        train: Train = "all",
+        distill: Distillation | None = None,
+        predict_features: bool = False,
         compile: bool = False,
         checkpoint_activations: bool = False,
         recompute_scores: bool = False,
     ) -> None:
         # From a checkpoint they come as dictionaries, since nothing else is stored: no code runs when one is read.
-        super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim, init_from)
+        super().__init__(OptimConfig(**optim) if isinstance(optim, dict) else optim, init_from, train)
         self.config = ViTConfig(**config) if isinstance(config, dict) else config
         self.timm_model, self.timm_args, self.label_smoothing = timm_model, timm_args or {}, label_smoothing
         self.compile_blocks, self.checkpoint_activations = compile, checkpoint_activations
-        self.recompute_scores = recompute_scores
+        self.recompute_scores, self.predict_features = recompute_scores, predict_features
+        self.distill = Distillation(**distill) if isinstance(distill, dict) else distill
+        self.teacher: Teacher | None = None
         check_recomputing(self)
         if timm_model is not None and recompute_scores:
             raise ValueError(f"model.recompute_scores=true: the timm model {timm_model} has no scores; leave it out")
-        if timm_model is not None and not timm.is_model(timm_model):
-            near = get_close_matches(timm_model, timm.list_models())
-            hint = f": did you mean {', '.join(near)}?" if near else ""
-            raise ValueError(f"model.timm_model={timm_model!r}: timm has no such model{hint}")
+        if timm_model is not None:
+            check_name(timm_model, "model.timm_model")
         if timm_model is not None and init_from is not None:
             raise ValueError(
                 f"model.init_from={init_from!r}: holds no timm model; give model.timm_args checkpoint_path"
             )
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"model.label_smoothing={label_smoothing}: must be at least 0 and below 1")
+        weights = init_from is not None or any(map(self.timm_args.get, WEIGHTS))
+        if "head" in as_patterns(train) and not weights:
+            raise ValueError(
+                f"model.train={train}: needs trained features: give model.init_from, an exported model or a "
+                "checkpoint, or model.timm_model with pretrained or checkpoint_path in model.timm_args"
+            )
         timm_model_and_args = {"timm_model": timm_model, "timm_args": timm_args}
         self.save_hyperparameters({"config": asdict(self.config), "optim": asdict(self.optim)} | timm_model_and_args)
         self.model: nn.Module | None = None
@@ -105,14 +122,8 @@ class VisionModule(TokenFormerModule):
         config = self.config
         if self.timm_model is None:
             return TokenFormerViT(widened(config, width))
-        options: dict[str, Any] = {"num_classes": config.num_classes, "in_chans": config.in_channels}
-        options |= ({"drop_path_rate": config.drop_path} if config.drop_path else {}) | self.timm_args
-        for sized in ({"img_size": config.image_size}, {}):  # a convolutional model takes any size and no such argument
-            try:
-                return timm.create_model(self.timm_model, **sized | options)
-            except TypeError as error:
-                problem = error
-        raise ValueError(f"model.timm_model={self.timm_model!r} with {options}: {problem}")
+        drop_path = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+        return create(self.timm_model, drop_path | self.timm_args, config, "model.timm_model")
 
     def set_model(self, model: nn.Module) -> None:
         """Make this the model: as it is to be trained, checkpointed, compiled and sharded."""
@@ -129,11 +140,15 @@ class VisionModule(TokenFormerModule):
         self._flops: dict[torch.Size, int] = {}  # of an image, for a timm model
 
     def setup(self, stage: str) -> None:
-        """Check model and data against each other before any work is done."""
+        """Check model, data and teacher against each other before any work is done."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        if data is None:
-            return
+        if data is not None:
+            self._check_data(data)
+        if stage == "fit" and self.distill is not None and self.teacher is None:
+            self.teacher = Teacher(self.distill, self.config, data)
+
+    def _check_data(self, data: Any) -> None:
         if self.config.in_channels != (channels := getattr(data, "in_channels", 3)):
             raise ValueError(
                 f"model.config.in_channels={self.config.in_channels}: data.in_channels={channels}; set both"
@@ -161,9 +176,7 @@ class VisionModule(TokenFormerModule):
         """Say that the classifier is new, if it is."""
         super().on_train_start()
         if self._head_is_new:
-            rank_zero_info(
-                f"the classifier is new: model.init_from={self.init_from} has other classes than the {self._classes()}"
-            )
+            rank_zero_info(f"the classifier is new: {self._why_new()}")
         self._head_is_new = False
 
     def on_validation_start(self) -> None:
@@ -181,13 +194,16 @@ class VisionModule(TokenFormerModule):
     def _refuse_new_head(self) -> None:
         if self._head_is_new and self.trainer.state.fn != TrainerFn.FITTING:
             raise ValueError(
-                f"model.init_from={self.init_from} has other classes than the {self._classes()}, its classifier would "
-                "be a random one: train it first, and give --ckpt_path; or give the data that it was trained on"
+                f"{self._why_new()}, its classifier would be a random one: train it first, and give --ckpt_path; or "
+                "give the data that it was trained on"
             )
 
-    def _classes(self) -> str:
+    def _why_new(self) -> str:
+        if "head" in as_patterns(self.trained):
+            return f"model.train={self.trained} begins with a new one"
         names = getattr(self.trainer.datamodule, "class_names", [])  # type: ignore[attr-defined]
-        return f"{self.config.num_classes} of data.source" + (f" ({', '.join(names[:6])}, ...)" if names else "")
+        classes = f"{self.config.num_classes} of data.source" + (f" ({', '.join(names[:6])}, ...)" if names else "")
+        return f"model.init_from={self.init_from} has other classes than the {classes}"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history, what the outputs stand for, and what evaluation does to an image."""
@@ -212,9 +228,11 @@ class VisionModule(TokenFormerModule):
         super().on_train_batch_end(outputs, batch, batch_idx)
 
     def batch_loss(self, batch: TrainBatch) -> Tensor:
-        """Mean cross-entropy of the batch in nats, targets smoothed."""
+        """Mean cross-entropy of the batch in nats, targets smoothed; with a teacher, what :class:`Teacher` says."""
         images, targets = batch
-        return F.cross_entropy(self._model(images), targets, label_smoothing=self.label_smoothing)
+        logits = self._model(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        return loss if self.teacher is None else self.teacher.loss(logits, images, loss)
 
     def probe_loss(self, batch: TrainBatch) -> Tensor:
         """What growth must not change: the loss of the beginning of a batch."""
@@ -288,11 +306,21 @@ class VisionModule(TokenFormerModule):
         return data.num_images(stage)
 
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Tensor]:
-        """The likeliest classes and their probabilities, (B, 5), and places in the split (or batch); no fillers."""
+        """The likeliest classes and their probabilities, (B, 5), and places in the split (or batch); no fillers.
+
+        With `predict_features` what the classifier reads, too, (B, D).
+        """
         images, places = batch[0], batch[2] if len(batch) > 2 else torch.arange(len(batch[0]))
-        real = places >= 0
-        top = self._model(images).float().softmax(dim=-1).topk(min(5, self.config.num_classes))
-        return {"places": places[real], "probabilities": top.values[real], "classes": top.indices[real]}
+        real, model = places >= 0, self._model
+        found = {"places": places[real]}
+        if self.predict_features:
+            tokens = model.forward_features(images)  # type: ignore[operator]
+            found["features"] = model.forward_head(tokens, pre_logits=True)[real].float()  # type: ignore[operator]
+            logits = model.forward_head(tokens)  # type: ignore[operator]
+        else:
+            logits = model(images)
+        top = logits.float().softmax(dim=-1).topk(min(5, self.config.num_classes))
+        return found | {"probabilities": top.values[real], "classes": top.indices[real]}
 
     @property
     def _model(self) -> nn.Module:

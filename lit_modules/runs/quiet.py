@@ -12,6 +12,7 @@ QUIET = (
     ".*It is recommended to use `self.log.*sync_dist.*",  # the sums that it logs are over all devices already
     ".*The `srun` command is available.*",  # outside of a job; in one, lit_modules/runs/slurm.py has looked
     ".*`IterableDataset` has `__len__` defined.*",  # ours takes the workers into account
+    ".*in eval mode at the start of training.*",  # what `model.train` leaves out
     ".*args parameter is intended to run from within Python.*",  # the command line is parsed in two steps
 )
 

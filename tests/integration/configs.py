@@ -21,18 +21,23 @@ def configs(folder: str) -> list[Path]:
 
 
 def baselines() -> list[Files]:
-    """Pairs of a config and an overlay that makes a baseline of it, as the headers of the overlays have them."""
+    """Pairs of a config and an overlay that makes a baseline of it."""
+    return pairs("baseline")
+
+
+def pairs(folder: str) -> list[Files]:
+    """Pairs of a config and an overlay of this folder, as the headers of the overlays have them."""
     command = re.compile(r"^#   tokenformer fit --config (\S+) --config (\S+)$", re.M)
     return [
-        tuple(ROOT / name for name in pair)
-        for path in configs("baseline")
-        for pair in command.findall(path.read_text())
+        tuple(ROOT / name for name in pair) for path in configs(folder) for pair in command.findall(path.read_text())
     ]
 
 
 def experiments(task: str) -> dict[str, Files]:
     """The experiments of language or vision by name: `wikitext-2`, and `wikitext-2+parameters` for its baseline."""
-    found = [(path,) for path in configs(task)] + [pair for pair in baselines() if pair[0].parent.name == task]
+    overlaid = [pair for folder in ("baseline", task) for pair in pairs(folder) if pair[0].parent.name == task]
+    overlays = {overlay for _, overlay in overlaid}
+    found = [(path,) for path in configs(task) if path not in overlays] + overlaid
     return {"+".join(path.stem for path in files): files for files in found}
 
 

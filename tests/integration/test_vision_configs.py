@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
 
 from tests.integration.configs import experiments, given, growth_of, run_shrunken
-from tokenformer import TokenFormerViT, ViTConfig
+from tests.integration.growing import checkpoint_of
+from tokenformer import TokenFormerViT, ViTConfig, from_pretrained, save_pretrained
 
 EXPERIMENTS = experiments("vision")
 CLASSES = {"imagenet": 1000, "tiny": 200, "cifar": 10, "quickstart": 10}
@@ -103,6 +105,7 @@ def test_config_runs_on_a_shrunken_model(name, images, tmp_path):
     asked = given(*EXPERIMENTS[name])
     size = 2 * asked["model"]["init_args"]["config"]["patch_size"]
     shrink = SHRINK.replace("SOURCE", str(images)).replace("SIZE", str(size))
+    shrink = with_trained_models(asked["model"]["init_args"], shrink, size, tmp_path)
     run_dir = run_shrunken(EXPERIMENTS[name], shrink, tmp_path)
     assert list((run_dir / "checkpoints").glob("best-step-*.ckpt"))
     assert ("val/raw_top1" in (run_dir / "metrics.csv").read_text()) == ("EMA" in class_names(asked))
@@ -113,6 +116,28 @@ def test_config_runs_on_a_shrunken_model(name, images, tmp_path):
     assert_same(ran["optim"], wanted["optim"], but=small["optim"])
     assert_same(saved["data"]["init_args"], asked["data"]["init_args"], but=changed["data"]["init_args"])
     assert_same(saved["trainer"], asked["trainer"], but=["max_steps", "callbacks", *changed["trainer"]])
+    weights = (
+        torch.load(checkpoint_of(run_dir, 2), weights_only=True)["state_dict"] if len(EXPERIMENTS[name]) > 1 else {}
+    )
+    assert all(part.startswith("model.") for part in weights)  # not the teacher's
+    if "init_from" in small:
+        for part, tensor in from_pretrained(small["init_from"]).state_dict().items():
+            assert torch.equal(weights[f"model.{part}"], tensor) != part.startswith("head."), part
+
+
+def with_trained_models(asked, shrink, size, folder):
+    """The settings with something in place of the trained models that a config asks for."""
+    settings = yaml.safe_load(shrink)
+    model = settings["model"]["init_args"]
+    if "init_from" in asked:
+        config = asked["config"] | model["config"] | {"image_size": size, "num_classes": 3}
+        model["init_from"] = str(folder / "trained")
+        save_pretrained(TokenFormerViT(ViTConfig(**config)), folder / "trained")
+    if "distill" in asked:
+        weights = str(folder / "teacher.pth")
+        model["distill"] = {"teacher": "test_vit", "timm_args": {"checkpoint_path": weights}}
+        torch.save(timm.create_model("test_vit", num_classes=3, img_size=size).state_dict(), weights)
+    return yaml.safe_dump(settings)
 
 
 def assert_same(got, wanted, but=()):
@@ -144,7 +169,8 @@ def images_per_step(name):
 
 
 def test_the_files():
-    assert set(EXPERIMENTS) == {*BASELINES, *BASELINES.values(), "imagenet-base-growth"}
+    of_trained_models = {f"imagenet-base-matched+{overlay}" for overlay in ("linear-probe", "distillation")}
+    assert set(EXPERIMENTS) == {*BASELINES, *BASELINES.values(), *of_trained_models, "imagenet-base-growth"}
 
 
 @pytest.mark.parametrize("name", [f"{name}{overlay}" for name in PUBLISHED for overlay in ("", "+parameters")])

@@ -141,6 +141,13 @@ def test_what_is_computed_again_is_not_in_the_activations(option):
     assert less.weights == plain.weights
 
 
+def test_what_is_frozen_has_no_gradients_and_no_moments():
+    run = run_of([Stage(at_step=50, factor=2.0)])
+    for row in plan_rows(module(train=["embedding.*", "*.blocks.1.ffn.*"]), DATA, run, devices=1)[:2]:
+        trained = 100 * 32 + 2 * 32 * sum(int(count) for count in row.tokens_per_layer.split("/")[2:])
+        assert (row.ddp.gradients, row.ddp.optimizer) == (4 * trained, 8 * trained)
+
+
 def test_table_is_aligned_and_says_what_is_not_known():
     text = plan(module(), DATA, run_of([Stage(at_step=50, factor=2.0)], precision="32-true"))
     lines = text.splitlines()
