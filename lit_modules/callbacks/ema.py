@@ -145,3 +145,12 @@ class EMA(WeightAveraging):
 
 def _tensors(module: nn.Module) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
     return module.parameters(), module.buffers()
+
+
+def averages_of(trainer: Trainer) -> list[TokenFormerModule]:
+    """Modules that are averages of the one in training."""
+    return [
+        callback._average_model.module  # type: ignore[misc]
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None
+    ]

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lit_modules.callbacks.ema import averages_of
 from lit_modules.callbacks.throughput import Throughput
 from lit_modules.growth.history import describe, write_growths
 from lit_modules.growth.recipe import Recipe, grow_modules, rehearse
@@ -224,7 +224,7 @@ class GrowParameterTokens(Callback):
         start = time.perf_counter()
         loss_before = self._look(trainer, module, module.probe_loss, batch)
         key_stds = self._matched_key_stds(trainer, module, batch) if self.recipe.init == "anchored" else None
-        averages = _averages(trainer)
+        averages = averages_of(trainer)
         record = {
             "stage": self._applied(module) + 1,
             "step": trainer.global_step,
@@ -294,12 +294,3 @@ class GrowParameterTokens(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_stages = state_dict["stages"]
         self._best, self._bad = state_dict["best"], state_dict["bad"]
-
-
-def _averages(trainer: Trainer) -> list[TokenFormerModule]:
-    """Modules that are averages of the one in training."""
-    return [
-        callback._average_model.module  # type: ignore[misc]
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None
-    ]
