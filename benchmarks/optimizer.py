@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.harness import Case, Measured, benchmark, round_ratios, time_in_turn
 from lit_modules.optim.config import OptimConfig
-from lit_modules.optim.groups import adamw, param_groups, update_param_groups
+from lit_modules.optim.groups import make_optimizer, param_groups, update_param_groups
 from tokenformer import LMConfig, TokenFormerLM, grow
 
 STEP = ("optimizer step", "fused AdamW, one buffer")
@@ -47,7 +47,7 @@ def measure(
     tokens, ffn_tokens = stages[0]
     config = LMConfig(**SIZES | (sizes or {}), qkv_tokens=tokens, proj_tokens=tokens, ffn_tokens=ffn_tokens)
     model = TokenFormerLM(config).to(device)
-    optimizer = adamw(param_groups(model, 0.1), OptimConfig(), fused=True)
+    optimizer = make_optimizer(param_groups(model, 0.1), OptimConfig())
     for tokens, ffn_tokens in stages[1:]:
         grow(model, qkv=tokens, proj=tokens, ffn=ffn_tokens)
         update_param_groups(optimizer, param_groups(model, 0.1))
