@@ -54,7 +54,7 @@ def _kept(saver: ModelCheckpoint, trainer: Any) -> int:
 
 
 def checkpoint_bytes(trainer: Any, module: Any) -> int:
-    """Size of a checkpoint with both moments of AdamW, and the average (EMA) if there is one."""
+    """Size of a checkpoint with two moments (Muon's matrices have one), and the average (EMA) if there is one."""
     parameters = list(module.parameters())
     numbers = sum(parameter.numel() for parameter in parameters)
     growth = next((c for c in trainer.callbacks if isinstance(c, GrowParameterTokens)), None)

@@ -17,6 +17,8 @@ from tests.integration.growing import STAGES, checkpoint_of, config_of, contents
 from tests.integration.processes import run_in_processes
 from tests.integration.tiny import rows, write_config
 
+MUON = ["--model.optim.name=muon", "--model.optim.lr_adamw=2e-3"]
+
 # (options of the command line, arguments of the callback)
 VARIANTS = {
     "plain": ([], {}),
@@ -30,12 +32,12 @@ VARIANTS = {
         ],
         {"init": "split"},
     ),
-    "bf16-true": (["--trainer.precision=bf16-true"], {}),
+    "Muon, bf16-true": ([*MUON, "--trainer.precision=bf16-true"], {}),
     "annealed tau": ([], {"scale": "anneal", "anneal_steps": 4, "schedule": "continue"}),
     "learned tau from growth on": ([], {"scale": "learned", "init": "pairs"}),
-    "only the new": ([], {"train": "new"}),
-    "old ones slowly": (
-        [],
+    "Muon, only the new": (MUON, {"train": "new"}),
+    "Muon, EMA, old ones slowly": (
+        [*MUON, "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"],
         {
             "old_lr_scale": 0.3,
             "layers": ["ffn", "query"],
@@ -125,7 +127,6 @@ TWO = {
         ],
         {},
     ),
-    "ddp, only the new": ([*DDP, *SHALLOW], {"train": "new"}),
     "fsdp2": (FSDP2, {}),
     "fsdp2, recomputed activations, bf16-mixed": (
         [*FSDP2, *SHALLOW, "--model.checkpoint_activations=true", "--trainer.precision=bf16-mixed"],
@@ -137,9 +138,11 @@ TWO = {
         [*FSDP2, *SHALLOW, *EMA, "--model.config.scale=learned"],
         {"train": "new", "init": "pairs"},
     ),
+    "ddp, Muon": ([*DDP, *SHALLOW, *MUON], {}),
+    "fsdp2, Muon": ([*FSDP2, *SHALLOW, *MUON], {}),
     "fsdp2, full": (FULL, {}),
     "fsdp2, full, EMA": ([*FULL, *EMA], {}),
-    "fsdp2, full, only the new": ([*FULL, *SHALLOW], {"train": "new"}),
+    "fsdp2, full, Muon, only the new": ([*FULL, *SHALLOW, *MUON], {"train": "new"}),
 }
 
 
@@ -210,6 +213,10 @@ def test_strategies_and_numbers_of_processes_agree(in_two_processes, corpus, tmp
         assert difference(one, run) < 1e-5, run
         losses, expected = dict(rows(run, "train/loss")), dict(rows(one, "train/loss"))
         assert all(losses[step] == pytest.approx(expected[step], rel=1e-6) for step in losses), run
+
+    main(fit(config, tmp_path / "one-Muon", *SHALLOW, *MUON))
+    for name in ("ddp, Muon", "fsdp2, Muon"):  # it works in bfloat16
+        assert difference(tmp_path / "one-Muon", folder / name / "whole") < 1e-4, name
 
     main(fit(config, tmp_path / "one-EMA", *EMA))
     averaged = folder / "fsdp2, full, EMA/whole"

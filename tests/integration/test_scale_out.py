@@ -21,6 +21,7 @@ from tokenformer.growth import pattention_layers
 
 STRATEGIES = ROOT / "configs" / "strategy"
 EXACT = ["--model.config.scale=learned", "--trainer.precision=32-true"]
+MUON = ["--model.optim.name=muon", "--model.config.depth=1"]
 EMA = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
 
 
@@ -52,12 +53,13 @@ def runs(corpus, tmp_path_factory):
     config = config_of(folder, corpus)
     main(fit(config, folder / "one", *EXACT, *EMA))
     write = "--trainer.callbacks+=tests.integration.test_scale_out.WriteShares"
-    accumulated = [*SHARED, "--data.batch_size=1", "--trainer.accumulate_grad_batches=2", "--model.config.depth=1"]
+    accumulated = [*SHARED, "--data.batch_size=1", "--trainer.accumulate_grad_batches=2", *MUON]
     exact = [*ONE_FILE, *BATCHES, *EXACT, *EMA]
     run_in_processes(
         [
             fit(config, folder / "shared", *exact, write, *saving(every=8)),
             fit(config, folder / "from-one", *exact, *saving(every=14), resume=checkpoint_of(folder / "one", 8)),
+            fit(config, folder / "Muon, shared", *ONE_FILE, *BATCHES, *EXACT, *MUON, *saving(every=14)),
             fit(config, folder / "bf16", *accumulated, *saving(every=8)),
             fit(
                 config,
@@ -69,6 +71,7 @@ def runs(corpus, tmp_path_factory):
         ],
         num_processes=4,
     )
+    main(fit(config, folder / "Muon", *EXACT, *MUON))
     main(fit(config, folder / "to-one", *EXACT, *EMA, resume=checkpoint_of(folder / "shared", 8)))
     return folder
 
@@ -83,6 +86,11 @@ def test_shared_tokens_equal_one_device(runs, run):
         assert got == pytest.approx(dict(pairs), rel=1e-6), column
     moved = contents(runs / "one")["model.backbone.blocks.0.ffn.tau_gain"]
     assert moved.abs() > 1e-4  # so its gradient was right too
+
+
+def test_shared_tokens_of_muon_equal_one_device(runs):
+    """It works in bfloat16."""
+    assert difference(runs / "Muon", runs / "Muon, shared") < 1e-4
 
 
 def test_shared_tokens_resume_to_the_bit(runs):
