@@ -1,12 +1,14 @@
 """Muon's updates are torch's, of the right matrices, in every state that a run can be in."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_modules.checkpoints.compatibility import check_resume
 from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
 from lit_modules.optim import muon
@@ -181,6 +183,39 @@ def test_a_frozen_or_unused_matrix_is_left_alone():
     assert torch.equal(unused, before)
     assert unused not in optimizer.state
     assert isinstance(unused, nn.Parameter)
+
+
+def test_a_gradscaler_scales_back_and_leaves_out():
+    """As in 16-mixed, where the updates are not fused."""
+    ours, plain = built(), built()
+    optimizers = [make_optimizer(groups_of(model), MUON, fused=False) for model in (ours, plain)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    for model, factor in ((ours, 8.0), (plain, 1.0)):
+        give_gradients(model)
+        for p in model.parameters():
+            p.grad *= factor
+    for _ in range(2):
+        scaler.unscale_(optimizers[0])
+        scaler.step(optimizers[0])
+        scaler.update()
+        next(iter(ours.parameters())).grad[0] = torch.inf  # for the second time
+    optimizers[1].step()
+    assert scaler.get_scale() == 4.0
+    for p, expected in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, expected)
+
+
+@pytest.mark.parametrize("saved", [{}, {"optim": {"name": "adamw"}}])
+def test_a_checkpoint_of_the_other_optimizer_is_refused(saved):
+    """Checkpoints from before Muon name none: AdamW."""
+    module = LanguageModule(LMConfig(**SMALL), MUON)
+    module._trainer = SimpleNamespace(training=True, callbacks=[])
+    check_resume({"hyper_parameters": {"optim": {"name": "muon"}}}, module)
+    with pytest.raises(ValueError, match=r"trained with optim\.name=adamw, .* set --model\.optim\.name=adamw"):
+        check_resume({"hyper_parameters": saved}, module)
+    module._trainer.training = False  # to validate it, say
+    check_resume({"hyper_parameters": saved}, module)
 
 
 @pytest.mark.parametrize(
