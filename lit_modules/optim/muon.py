@@ -19,9 +19,9 @@ STACK = 2**25  # elements of matrices that a device orthogonalises at once, at m
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon (Nesterov, `match_rms_adamw`) on groups with `muon: True`, torch.optim.AdamW on the others.
 
-    A Muon step replaces a matrix' momentum by the nearest matrix with orthogonal rows or columns, scaled to the RMS
-    that AdamW's steps have, 0.2 of the rate. That takes whole matrices. FSDP2 and tensor parallelism, which divide
-    each one's rows, exchange rows for whole matrices, as many for each device, and exchange the results back; momentum
+    A step of Muon is the matrix with orthogonal rows (or columns) that is nearest to the momentum, with the RMS that
+    AdamW's steps have, 0.2 of the rate. It takes whole matrices. Under FSDP2 and tensor parallelism, which divide each
+    one's rows, devices exchange rows for whole matrices, an equal number each, and exchange the results back; momentum
     stays divided. In DDP each device does all matrices.
 
     Args:
@@ -68,13 +68,14 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
                 self.state[p] |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-        moments = [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq")]
+        moments, squares, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
         adamw(
             params,  # type: ignore[arg-type]
             [p.grad for p in params],  # type: ignore[misc]
-            *moments,
+            moments,
+            squares,
             [],
-            [self.state[p]["step"] for p in params],
+            steps,
             fused=group["fused"],
             found_inf=self.found_inf,
             amsgrad=False,
@@ -125,7 +126,8 @@ def _local(tensor: Any) -> Tensor:
 
 def _meshes(p: Any) -> list[Any]:
     """The meshes among whose devices a parameter's rows are divided: first of all by the last of them."""
-    return [p.device_mesh[name] for name in p.device_mesh.mesh_dim_names] if isinstance(p, DTensor) else []
+    mesh: Any = p.device_mesh if isinstance(p, DTensor) else None
+    return [] if mesh is None else [mesh[name] for name in mesh.mesh_dim_names]
 
 
 def _of_whole_matrices(stack: Tensor, meshes: Sequence[Any], rows: int) -> Tensor:

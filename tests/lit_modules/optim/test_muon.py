@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_modules.callbacks.free_space import checkpoint_bytes
 from lit_modules.checkpoints.compatibility import check_resume
 from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
@@ -183,6 +184,21 @@ def test_a_frozen_or_unused_matrix_is_left_alone():
     assert torch.equal(unused, before)
     assert unused not in optimizer.state
     assert isinstance(unused, nn.Parameter)
+
+
+def test_a_checkpoint_has_one_moment_of_its_matrices():
+    """So less of the disk has to be free."""
+    module = LanguageModule(LMConfig(**SMALL), MUON)
+    module.configure_model()
+    optimizer = make_optimizer(module.param_groups(), MUON)
+    give_gradients(module)
+    optimizer.step()
+    moments = [moment for state in optimizer.state.values() for moment in state.values() if moment.ndim]
+    saved = sum(tensor.nbytes for tensor in (*module.parameters(), *moments))
+    assert checkpoint_bytes(SimpleNamespace(optimizers=[optimizer], callbacks=[]), module) == saved
+    adamw = make_optimizer(param_groups(module, 0.1), OptimConfig())
+    expected = 3 * sum(p.nbytes for p in module.parameters())
+    assert checkpoint_bytes(SimpleNamespace(optimizers=[adamw], callbacks=[]), module) == expected
 
 
 def test_a_gradscaler_scales_back_and_leaves_out():
