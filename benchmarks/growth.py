@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.harness import Case, Measured, benchmark, round_ratios, time_in_turn
 from lit_modules.optim.config import OptimConfig
-from lit_modules.optim.groups import adamw, param_groups, update_param_groups
+from lit_modules.optim.groups import make_optimizer, param_groups, update_param_groups
 from tokenformer import LMConfig, TokenFormerLM, grow
 
 SMALL = {"qkv_tokens": 576, "proj_tokens": 576, "ffn_tokens": 2304}
@@ -43,7 +43,7 @@ CASES += [
 def seconds_of_growth(init: str) -> float:
     """124M -> 354M, the optimizer told."""
     model = TokenFormerLM(LMConfig(**SMALL))
-    optimizer = adamw(param_groups(model, 0.1), OptimConfig(), fused=True)
+    optimizer = make_optimizer(param_groups(model, 0.1), OptimConfig())
     model.loss(*torch.randint(0, 50304, (2, 1, 8)).unbind()).backward()
     optimizer.step()
     start = time.perf_counter()
@@ -58,7 +58,7 @@ class Trainee:
 
     def __init__(self, model: TokenFormerLM) -> None:
         self.model = model
-        self.optimizer = adamw(param_groups(model, 0.1), OptimConfig(), fused=True)
+        self.optimizer = make_optimizer(param_groups(model, 0.1), OptimConfig())
         self.batch = torch.randint(0, 257, (2, 16, 128))
 
     def __call__(self) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks.harness import RESULTS, write_csv
 from datamodules.text import TextDataModule
 from lit_modules.optim.config import OptimConfig
-from lit_modules.optim.groups import adamw, param_groups
+from lit_modules.optim.groups import make_optimizer, param_groups
 from lit_modules.optim.schedule import lr_scheduler
 from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.growth import anneal_taus, grow_layers, plan_growth
@@ -67,7 +67,7 @@ def train(model: nn.Module, rate: float, seed: int, steps: int, skip: int, annea
     """Warm-up and cosine over `steps`, on the batches of a seed after the first `skip`."""
     data = _data(seed)
     config = OptimConfig(lr=rate, warmup_steps=steps // 10)
-    optimizer = adamw(param_groups(model, config.weight_decay), config, fused=True)
+    optimizer = make_optimizer(param_groups(model, config.weight_decay), config)
     scheduler = lr_scheduler(optimizer, config, steps)
     for step, batch in enumerate(islice(data.train_dataloader(), skip, skip + steps)):
         if step < anneal_steps:

@@ -16,7 +16,7 @@ import torch
 from benchmarks.harness import write_csv
 from datamodules.text import TextDataModule
 from lit_modules.optim.config import OptimConfig
-from lit_modules.optim.groups import adamw, param_groups
+from lit_modules.optim.groups import make_optimizer, param_groups
 from lit_modules.optim.schedule import lr_scheduler
 from tokenformer import LMConfig, TokenFormerLM
 
@@ -39,7 +39,7 @@ def validation_bits(variant: str, rate: float, seed: int, steps: int) -> float:
     torch.manual_seed(seed)
     model = TokenFormerLM(LMConfig(vocab_size=data.vocab_size, max_seq_len=128, **SIZE, **VARIANTS[variant]))
     config = OptimConfig(lr=rate, warmup_steps=steps // 10)
-    optimizer = adamw(param_groups(model, config.weight_decay), config, fused=True)
+    optimizer = make_optimizer(param_groups(model, config.weight_decay), config)
     scheduler = lr_scheduler(optimizer, config, steps)
     for batch in islice(data.train_dataloader(), steps):
         model.loss(*batch).backward()

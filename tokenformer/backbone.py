@@ -70,6 +70,16 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The Transformer blocks of a model of this project or of timm; none of another architecture."""
+    return list(getattr(getattr(model, "backbone", model), "blocks", ()))
+
+
+def block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices inside its blocks: keys and values of each segment, linear weights. Muon's part of a model."""
+    return [p for block in blocks_of(model) for p in block.parameters() if p.ndim == 2]
+
+
 class SelfAttention(nn.Module):
     """Attention between the tokens of a sequence; each of its four projections is attention to parameter tokens."""
 

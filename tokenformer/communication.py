@@ -8,7 +8,9 @@ of its bytes from each device; what is all-gathered or reduce-scattered goes aro
 import math
 from dataclasses import dataclass
 
-from tokenformer.cost import PRECISIONS
+from torch import nn
+
+from tokenformer.cost import PRECISIONS, muon_matrices
 from tokenformer.growth import pattention_layers
 from tokenformer.language import TokenFormerLM
 from tokenformer.sharding import Layout
@@ -72,6 +74,29 @@ def fsdp_traffic(layout: Layout, precision: str, batches: int) -> Traffic:
         elements += times * layout.share(unit.parameters) + layout.share(unit.trained)
         gathers += times + bool(unit.trained)
     return Traffic(group=n, sent=batches * (n - 1) * PRECISIONS[precision][0] * elements, gathers=batches * gathers)
+
+
+def muon_traffic(model: TokenFormerLM, layout: Layout) -> tuple[Traffic, Traffic]:
+    """Muon under FSDP2, once a step and waited for: rows of matrices for whole matrices, and back, in 16 bits.
+
+    Each device sends its rows of a matrix to the one that works on it. Matrices of a shape travel together. Of those
+    that token parallelism divides, rows come from the replicas first, then from the others of the group.
+
+    Args:
+        model: the whole model.
+        layout: on its devices.
+
+    Returns:
+        Between the replicas, and within a group of token parallelism.
+    """
+    matrices = muon_matrices(model)
+    tokens = [p for p in matrices if layout.whole([p]) < p.numel()]
+
+    def traffic(parameters: list[nn.Parameter], n: int) -> Traffic:
+        sent = 2 * -(-2 * (n - 1) * layout.share(parameters) // n)
+        return Traffic(group=n, sent=sent, gathers=2 * len({p.shape for p in parameters}))
+
+    return traffic(matrices, layout.replicas), traffic(tokens, layout.tensor_parallel)
 
 
 def token_parallel_traffic(

@@ -3,12 +3,13 @@
 T input tokens of a device's batch (all its sequences), D channels, H heads, N parameter tokens, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from tokenformer.backbone import Block
+from tokenformer.backbone import Block, block_matrices
 from tokenformer.baseline import MLP
 from tokenformer.language import TokenFormerLM
 from tokenformer.loss import BLOCK_LOGITS, BLOCK_ROWS
@@ -49,6 +50,23 @@ class Phase:
         return None if self.num_tokens is None else 3 * self.flops_per_token * self.num_tokens
 
 
+def muon_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters that Muon is for."""
+    return [p for p in block_matrices(model) if p.requires_grad]
+
+
+def muon_flops(model: nn.Module, devices: int = 1) -> int:
+    """FLOPs that Muon adds to a step: 5 Newton-Schulz steps for each matrix of m x n, m <= n, of three products each.
+
+    Args:
+        model: as large as it is at that time.
+        devices: that divide the matrices of each shape, as under FSDP2; counted are those of the one with most.
+    """
+    numbers = Counter(p.shape for p in muon_matrices(model))
+    shapes = [(*sorted(shape), -(-number // devices)) for shape, number in numbers.items()]
+    return 5 * sum(number * (4 * m * m * n + 2 * m**3) for m, n, number in shapes)
+
+
 def cumulative_flops(phases: Sequence[Phase]) -> list[int | None]:
     """Training FLOPs from the start of the run to the end of each phase; None from the first unknown one on."""
     totals: list[int | None] = []
@@ -86,8 +104,9 @@ def training_memory(
     devices: int = 1,
     sharded: bool = False,
     tensor_parallel: int = 1,
+    optimizer: str = "adamw",
 ) -> Memory:
-    """Memory per device of a training step with AdamW, its gradients kept all the time (as when accumulating).
+    """Memory per device of a training step, its gradients kept all the time (as when accumulating).
 
     Replicated (DDP), every device has everything, and of the gradients a second copy, the buckets in which they
     travel. Sharded (FSDP2, see :class:`~tokenformer.sharding.Layout`), a device has its share, and whole: what is
@@ -95,8 +114,9 @@ def training_memory(
 
     Against what small steps hold at their peak on a CPU (float32, float64, bfloat16, autocast; grown or not):
     activations within 3 %, with checkpointing 7 % (a Transformer's 12 %), sharded totals within 10 %. Not counted:
-    scratch memory of kernels, fragments, an EMA, what torch.compile saves. With `score_norm` gelu_l2_norm or softmax
-    temporaries of the backward pass are not counted either: up to 40 % too little with checkpointing.
+    scratch memory of kernels and of Muon (some hundred MB when activations are gone), fragments, an EMA, what
+    torch.compile saves. With `score_norm` gelu_l2_norm or softmax temporaries of the backward pass are not counted
+    either: up to 40 % too little with checkpointing.
 
     Args:
         model: as large as it is at that time; its `backbone.checkpoint_activations`, frozen parameters and layers that
@@ -107,6 +127,7 @@ def training_memory(
         devices: that the model trains on.
         sharded: FSDP2 in place of DDP.
         tensor_parallel: devices of a group that divides the parameter tokens of each layer, and shares its batches.
+        optimizer: adamw (two moments), or muon (one for its matrices, two for the rest).
 
     Raises:
         ValueError: for a precision that is not in `PRECISIONS`.
@@ -116,10 +137,12 @@ def training_memory(
     wide = PRECISIONS[precision][0]
     activations = activation_bytes(model, batch_size * seq_len, precision, tensor_parallel)
     trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = muon_matrices(model) if optimizer == "muon" else []
     if not sharded:
         weights, gradients = (wide * sum(p.numel() for p in params) for params in (model.parameters(), trained))
         buckets = gradients if devices > 1 else 0
-        return Memory(weights=weights, gradients=gradients + buckets, optimizer=2 * gradients, activations=activations)
+        moments = 2 * gradients - wide * sum(p.numel() for p in matrices)
+        return Memory(weights=weights, gradients=gradients + buckets, optimizer=moments, activations=activations)
     layout = Layout(model, devices, tensor_parallel)
     share = layout.share(trained)
     kept = sum(layout.whole(unit.parameters) for unit in layout.units if not unit.resharded)
@@ -128,7 +151,7 @@ def training_memory(
     return Memory(
         weights=wide * (layout.share(model.parameters()) + kept + at_work),
         gradients=wide * (share + max(layout.whole(unit.trained) for unit in layout.units[:-1])),
-        optimizer=2 * wide * share,
+        optimizer=wide * (2 * share - layout.share(matrices)),
         activations=activations,
     )
 

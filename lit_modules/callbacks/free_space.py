@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
 from lit_modules.callbacks.grow_tokens import GrowParameterTokens
 from lit_modules.growth.recipe import rehearse
+from lit_modules.optim.muon import Muon
 from lit_modules.runs.length import num_steps
+from tokenformer.backbone import block_matrices
 
 
 class FreeSpace(Callback):
@@ -54,16 +56,20 @@ def _kept(saver: ModelCheckpoint, trainer: Any) -> int:
 
 
 def checkpoint_bytes(trainer: Any, module: Any) -> int:
-    """Size of a checkpoint with both moments of AdamW, and the average (EMA) if there is one."""
-    parameters = list(module.parameters())
-    numbers = sum(parameter.numel() for parameter in parameters)
+    """Size of a checkpoint with two moments, of Muon's matrices one, and the average (EMA) if there is one."""
+    copies = 3 + any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+    muon = any(isinstance(optimizer, Muon) for optimizer in trainer.optimizers)
+
+    def numbers(model: Any) -> int:
+        matrices = block_matrices(model) if muon else []
+        return copies * sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in matrices)
+
+    largest = numbers(module.model if muon else module)
     growth = next((c for c in trainer.callbacks if isinstance(c, GrowParameterTokens)), None)
     if growth is not None:
         with torch.device("meta"):
-            sizes = [model.num_params() for model in rehearse(module.build_model(), growth.stages, growth.recipe)]
-        numbers = max(numbers, *sizes)
-    copies = 3 + any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
-    return numbers * copies * parameters[0].element_size()
+            largest = max(largest, *map(numbers, rehearse(module.build_model(), growth.stages, growth.recipe)))
+    return largest * next(module.parameters()).element_size()
 
 
 def _gib(number: int) -> str:

@@ -30,6 +30,12 @@ def check_resume(checkpoint: dict[str, Any], module: Any) -> None:
             f"the checkpoint was trained with another model.config ({shown}): a resumed run has the same. To change it "
             "start a new run from the weights: `tokenformer export`, then model.init_from"
         )
+    used = checkpoint.get("hyper_parameters", {}).get("optim", {}).get("name", "adamw")  # of a run before Muon: AdamW
+    if used != module.optim.name:
+        raise ValueError(
+            f"the checkpoint was trained with optim.name={used}, this run has optim.name={module.optim.name}: set "
+            f"--model.optim.name={used}, or start a new run from the weights (`tokenformer export`, model.init_from)"
+        )
     averages = any(isinstance(callback, WeightAveraging) for callback in module.trainer.callbacks)
     if "current_model_state" in checkpoint and not averages:  # the optimizer's state is of no use to their average
         raise ValueError("the checkpoint was trained with EMA, this run is not: add --trainer.callbacks+=EMA")

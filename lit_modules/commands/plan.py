@@ -17,7 +17,7 @@ from lit_modules.growth.recipe import rehearse
 from lit_modules.growth.stages import Stage
 from lit_modules.modules.language import LanguageModule
 from lit_modules.optim.trained import trained_names
-from tokenformer.cost import Memory, Phase, cumulative_flops, marginal_flops, training_memory
+from tokenformer.cost import Memory, Phase, cumulative_flops, marginal_flops, muon_flops, training_memory
 from tokenformer.growth import pattention_layers
 from tokenformer.hardware import DEVICES, find_device, peak_flops
 from tokenformer.language import TokenFormerLM
@@ -109,6 +109,7 @@ def plan(
         seq_len=datamodule.seq_len,
         precision=precision,
         flops_per_second=None if peak is None else peak * mfu,
+        optimizer=model.optim.name,
     )
     *_, largest = _sizes(model, _growth(trainer))
     hardware = hardware if network is None else hardware._replace(network=network)
@@ -120,6 +121,11 @@ def plan(
     batches = f"{devices} x {trainer.accumulate_grad_batches} batches of {datamodule.batch_size} x {datamodule.seq_len}"
     head = f"{devices} x {device} ({rate}), {precision}; a step trains on {batches} tokens"
     tables = [head, "", *_table(records), "", *_comparison(rows, flops_per_hour)]
+    if model.optim.name == "muon":
+        own = 3 * rows[-1].phase.flops_per_token * step.sequences * step.seq_len / devices
+        ddp, fsdp = (f"{muon_flops(largest, n) / own:.2%}" for n in (1, devices))
+        more = f"a device's step at the last size has {ddp} more FLOPs in DDP, {fsdp} in FSDP2"
+        tables.append(f"Muon: {_cell(muon_flops(largest))} FLOPs to orthogonalise; {more}")
     return "\n".join([*tables, "", *plan_devices.table(points, step, hardware)])
 
 
@@ -153,7 +159,13 @@ def plan_rows(model: LanguageModule, datamodule: Any, trainer: Any, devices: int
         phase = Phase(num_params=net.num_params(), flops_per_token=flops, num_tokens=num_tokens)
         ddp, fsdp = (
             training_memory(
-                net, datamodule.batch_size, datamodule.seq_len, str(trainer.precision), devices, sharded=sharded
+                net,
+                datamodule.batch_size,
+                datamodule.seq_len,
+                str(trainer.precision),
+                devices,
+                sharded=sharded,
+                optimizer=model.optim.name,
             )
             for sharded in (False, True)
         )

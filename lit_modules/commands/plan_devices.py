@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tokenformer.communication import ddp_traffic, fsdp_traffic, token_parallel_traffic
-from tokenformer.cost import training_memory
+from tokenformer.communication import ddp_traffic, fsdp_traffic, muon_traffic, token_parallel_traffic
+from tokenformer.cost import muon_flops, training_memory
 from tokenformer.growth import pattention_layers
 from tokenformer.hardware import DEVICES_PER_NODE, Device, seconds
 from tokenformer.language import TokenFormerLM
@@ -26,6 +26,7 @@ class Step:
         seq_len: tokens of a sequence.
         precision: Lightning's name.
         flops_per_second: that a device reaches; None where nobody knows.
+        optimizer: adamw or muon.
     """
 
     sequences: int
@@ -33,6 +34,7 @@ class Step:
     seq_len: int
     precision: str
     flops_per_second: float | None
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ def scale_out(model: TokenFormerLM, step: Step, device: Device) -> list[Point]:
     What FSDP2 sends travels while the device computes, what DDP sends during the backward pass of the last batch; a
     step is longer by what takes more time than that. What token parallelism sends within its group, a node, has to
     arrive before the device can go on; and all but the products with parameter tokens each device of a group computes.
+    In DDP each device does all of Muon's work; FSDP2 divides it, and sends matrices before and after it.
 
     Args:
         model: as large as it is at that time, may be on `meta`.
@@ -90,28 +93,35 @@ def _point(model: TokenFormerLM, step: Step, device: Device, devices: int, strat
     sequences = -(-step.sequences // layout.replicas)
     batches = -(-sequences // step.batch_size)
     batch_size = -(-sequences // batches)
-    memory = training_memory(model, batch_size, step.seq_len, precision, devices, sharded, group).total
+    memory = training_memory(model, batch_size, step.seq_len, precision, devices, sharded, group, step.optimizer)
     overlapping = fsdp_traffic(layout, precision, batches) if sharded else ddp_traffic(model, precision, devices)
     waited_for = token_parallel_traffic(model, batch_size * step.seq_len, precision, batches, group)
     beside = seconds(overlapping, device, DEVICES_PER_NODE // group)
-    between = seconds(waited_for, device, DEVICES_PER_NODE)
+    between, sent = seconds(waited_for, device, DEVICES_PER_NODE), overlapping.sent + waited_for.sent
+    muon, own_muon = 0, 0
+    if step.optimizer == "muon":
+        muon, own_muon = muon_flops(model), muon_flops(model, devices if sharded else 1)
+    if muon and sharded:
+        replicas, neighbours = muon_traffic(model, layout)
+        between += seconds(replicas, device, DEVICES_PER_NODE // group) + seconds(neighbours, device, DEVICES_PER_NODE)
+        sent += replicas.sent + neighbours.sent
     computing = efficiency = None
     if step.flops_per_second is not None:
         per_token = model.flops_per_token(step.seq_len)
         own = batches * batch_size * (per_token - layout.saved_flops_per_token())
-        computing, ideal = (
-            3 * step.seq_len * flops / step.flops_per_second for flops in (own, step.sequences * per_token / devices)
-        )
-        hides = computing if sharded else 2 / 3 * computing / batches
+        model_seconds = 3 * step.seq_len * own / step.flops_per_second
+        computing = model_seconds + own_muon / step.flops_per_second
+        ideal = (3 * step.seq_len * step.sequences * per_token + muon) / devices / step.flops_per_second
+        hides = model_seconds if sharded else 2 / 3 * model_seconds / batches
         efficiency = ideal / (computing + max(0, beside - hides) + between)
     return Point(
         devices=devices,
         strategy=strategy,
         batches=batches,
         batch_size=batch_size,
-        memory_bytes=memory,
-        fits=memory <= device.memory * 2**30,
-        sent_bytes=overlapping.sent + waited_for.sent,
+        memory_bytes=memory.total,
+        fits=memory.total <= device.memory * 2**30,
+        sent_bytes=sent,
         communication_seconds=beside + between,
         compute_seconds=computing,
         efficiency=efficiency,
@@ -131,9 +141,10 @@ CELLS: dict[str, Callable[[Point], str]] = {
 def table(points: Sequence[Point], step: Step, device: Device) -> list[str]:
     """What it is about, a line for each number of devices, and one for each strategy: where it fits and pays."""
     by_strategy = {point.strategy: [p for p in points if p.strategy == point.strategy] for point in points}
-    columns = [("", "", "devices"), ("", DDP, "batches"), ("", DDP, "comp ms")]  # FSDP2's are the same
+    columns = [("", "", "devices"), ("", DDP, "batches"), ("", DDP, "comp ms")]
+    own_time = (TOKENS, FSDP2) if step.optimizer == "muon" else (TOKENS,)  # else FSDP2's is DDP's
     for strategy in by_strategy:
-        titles = ("GiB", "GB", "ms", *(["comp ms"] if strategy == TOKENS else []), "eff")
+        titles = ("GiB", "GB", "ms", *(["comp ms"] if strategy in own_time else []), "eff")
         columns += [(strategy, strategy, title) for title in titles]
     above: dict[str, int] = {}
     cells = []

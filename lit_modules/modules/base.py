@@ -20,7 +20,7 @@ from lit_modules.checkpoints.compatibility import check_resume
 from lit_modules.growth.structure import anneal_tau, freeze, match_structure
 from lit_modules.optim.clipping import clip_grad_norm, weigh_short_step
 from lit_modules.optim.config import OptimConfig
-from lit_modules.optim.groups import adamw, groups_of, module_param_groups, update_param_groups
+from lit_modules.optim.groups import groups_of, make_optimizer, module_param_groups, update_param_groups
 from lit_modules.optim.schedule import LearningRate, check_schedule
 from lit_modules.optim.skip_step import propagate_nonfinite, skip_if_nonfinite
 from lit_modules.optim.trained import Train, as_patterns, freeze_modes, trained_names
@@ -33,7 +33,7 @@ from tokenformer.interop import load_initial_weights
 
 
 class TokenFormerModule(LightningModule, ABC):
-    """Base of a module that trains one model, `self.model`, with AdamW, and whose model may grow.
+    """Base of a module that trains one model, `self.model`, and whose model may grow.
 
     Logs `train/loss`, `train/lr` and `train/grad_norm` every `trainer.log_every_n_steps` optimizer steps, the loss
     averaged over the batches of the step and over all ranks. What is random in a step depends on the seed, the step
@@ -192,10 +192,10 @@ class TokenFormerModule(LightningModule, ABC):
             match_structure(self, checkpoint["state_dict"], checkpoint.get("growths", []))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW and its per-step schedule."""
+        """AdamW or Muon, and its per-step schedule."""
         self.learning_rate.peak = self._peak_lr()
         # The fused update does its own unscaling in 16-mixed, where gradients must be unscaled before clipping.
-        optimizer = adamw(self.param_groups(), self.optim, fused=self.trainer.precision != "16-mixed")
+        optimizer = make_optimizer(self.param_groups(), self.optim, fused=self.trainer.precision != "16-mixed")
         schedule: Any = {"scheduler": self.learning_rate.attach(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

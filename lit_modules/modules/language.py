@@ -32,7 +32,7 @@ class LanguageModule(TokenFormerModule):
 
     Args:
         config: sizes and options of the model.
-        optim: AdamW and its schedule.
+        optim: the optimizer and its schedule.
         init_from: folder of an exported or imported model to start from, in place of random weights. `config` has to
             be of its sizes.
         train: all, or patterns of the names of parameters, such as `backbone.blocks.11.*`; the rest is frozen.

@@ -23,8 +23,9 @@ from lit_modules.optim.config import OptimConfig
 from lit_modules.optim.trained import Train, as_patterns
 from lit_modules.runs.logs import is_log_step
 from lit_modules.strategies.ranks import data_parallel_rank
-from lit_modules.strategies.sharding import blocks_of, shard
+from lit_modules.strategies.sharding import shard
 from tokenformer import TokenFormerViT, ViTConfig
+from tokenformer.backbone import blocks_of
 from tokenformer.config import widened
 
 IGNORE = -100  # label of rows that fill up a batch, and of images that have none
@@ -44,13 +45,12 @@ class VisionModule(TokenFormerModule):
 
     Args:
         config: sizes and options of the model.
-        optim: AdamW and its schedule.
+        optim: the optimizer and its schedule.
         timm_model: name of a timm model to train in place of `config`, which then only says `num_classes`,
             `image_size`, `in_channels` and `drop_path`.
         timm_args: further arguments of `timm.create_model`, such as {embed_dim: 96, depth: 4}.
         label_smoothing: share of a target that is spread over all classes, in training.
-        init_from: folder of an exported or imported model to start from, in place of random weights. `config` has to
-            be of its sizes.
+        init_from: folder of an exported or imported model of `config`'s sizes to start from, not from random weights.
         train: all, head (a new classifier on frozen features, a linear probe), or patterns of the names of parameters,
             such as `backbone.blocks.11.*`; the rest is frozen, in eval mode.
         distill: a teacher whose predictions are learned too, in training; evaluation goes by the labels.

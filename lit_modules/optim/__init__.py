@@ -1,1 +1,1 @@
-"""AdamW, its parameter groups and schedules, clipping, and steps that are skipped."""
+"""AdamW, Muon, their parameter groups and schedules, clipping, and steps that are skipped."""

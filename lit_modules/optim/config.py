@@ -6,10 +6,13 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule; defaults are the published ones (Pile and OpenWebText runs).
+    """The optimizer and its schedule; defaults are the published ones (Pile and OpenWebText runs).
 
     Attributes:
+        name: adamw; or muon: for matrices inside blocks, that is for parameter tokens and linear weights, with AdamW
+            for the rest.
         lr: peak learning rate.
+        lr_adamw: with muon, that of what AdamW trains. None: `lr`, since Muon's steps are as long as AdamW's.
         lr_batch: samples of an optimizer step that `lr` is meant for; the rate grows in proportion with the samples
             that a step has. None: it is as given.
         betas: AdamW's decay rates of the first and second moment.
@@ -23,7 +26,9 @@ class OptimConfig:
         layer_decay: learning rate of a block over that of the next one, for vision models.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 6e-4
+    lr_adamw: float | None = None
     lr_batch: int | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -35,6 +40,10 @@ class OptimConfig:
     layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optim.name={self.name!r}: choose adamw or muon")
+        if self.lr_adamw is not None and (self.lr_adamw <= 0 or self.name != "muon"):
+            raise ValueError(f"optim.lr_adamw={self.lr_adamw}: must be above 0, and goes with optim.name=muon")
         if self.lr <= 0:
             raise ValueError(f"optim.lr={self.lr}: must be above 0")
         if self.lr_batch is not None and self.lr_batch < 1:

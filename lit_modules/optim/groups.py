@@ -1,4 +1,4 @@
-"""AdamW over parameter groups: with and without weight decay, old and new, by layer."""
+"""Parameter groups: with and without weight decay, old and new, by layer, Muon's; and the optimizer over them."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.muon import Muon
+from tokenformer.backbone import block_matrices
 
 
 def param_groups(
@@ -20,11 +22,14 @@ def param_groups(
     old_lr_scale: float = 1.0,
     no_weight_decay: Collection[str] = (),
     layer_scale: Callable[[str], float] | None = None,
+    muon: Collection[nn.Parameter] | None = None,
+    lr_adamw: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Two groups in the order of `named_parameters`: matrices with weight decay; vectors and `no_weight_decay` without.
 
-    With `is_old` two more for the old ones, whose `lr_scale` is `old_lr_scale`; with `layer_scale` as many for each of
-    its values. Growth calls it again, so the number of groups must not depend on the model's size.
+    With `muon` one before them, for Muon. With `is_old` as many again for the old ones, whose `lr_scale` is
+    `old_lr_scale`; with `layer_scale` as many for each of its values. Growth calls it again, so the number of groups
+    must not depend on the model's size.
 
     Args:
         model: whose parameters.
@@ -33,13 +38,17 @@ def param_groups(
         old_lr_scale: learning rate of old parameters over that of new ones.
         no_weight_decay: names of matrices without weight decay.
         layer_scale: learning rate of a parameter, by its name, over the optimizer's.
+        muon: which matrices Muon updates, if it does; those in `no_weight_decay` it leaves alone.
+        lr_adamw: learning rate of the others, over Muon's.
     """
+    by_muon = set(muon or ())
+    kinds = [(True, True)] * (muon is not None) + [(False, True), (False, False)]
     layer_scale = layer_scale or (lambda name: 1.0)
     parameters = dict(model.named_parameters())
     groups: list[dict[str, Any]] = []
     for old in (False,) if is_old is None else (False, True):
         for scale in sorted({layer_scale(name) for name in parameters}, reverse=True):
-            for decays in (True, False):
+            for is_muons, decays in kinds:
                 params = [
                     (name, p)
                     for name, p in parameters.items()
@@ -47,9 +56,11 @@ def param_groups(
                     and (is_old is None or is_old(name) == old)
                     and layer_scale(name) == scale
                     and (p.ndim >= 2 and name not in no_weight_decay) == decays
+                    and (decays and p in by_muon) == is_muons
                 ]
                 group = {"params": params, "weight_decay": weight_decay if decays else 0.0}
-                group["lr_scale"] = scale * (old_lr_scale if old else 1.0)
+                group["lr_scale"] = scale * (old_lr_scale if old else 1.0) * (1.0 if is_muons else lr_adamw)
+                group |= {"muon": is_muons} if muon is not None else {}
                 groups.append(group if params else group | {"param_names": []})  # empty, it can't show its names
     return groups
 
@@ -65,6 +76,11 @@ def module_param_groups(module: Any) -> list[dict[str, Any]]:
         groups["old_lr_scale"] = module.old_lr_scale
     if optim.layer_decay != 1:
         groups["layer_scale"] = _layer_scales(model, optim.layer_decay).__getitem__
+    if optim.name == "muon":
+        groups["muon"] = block_matrices(model)
+        groups["lr_adamw"] = (optim.lr_adamw or optim.lr) / optim.lr
+        if not groups["muon"]:
+            raise ValueError("optim.name=muon: this model has no Transformer blocks: set optim.name=adamw")
     return param_groups(module, optim.weight_decay, **groups)
 
 
@@ -77,9 +93,13 @@ def _layer_scales(model: Any, layer_decay: float) -> dict[str, float]:
     return {f"model.{name}": layer_decay ** (last - layer) for name, layer in layers.items()}
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over groups of named parameters. `fused` does each group's update in one pass."""
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+def make_optimizer(
+    groups: list[dict[str, Any]], config: OptimConfig, *, fused: bool = True
+) -> torch.optim.AdamW | Muon:
+    """The optimizer of a config over groups of named parameters. `fused`: AdamW updates each group in one pass."""
+    kind: Any = Muon if config.name == "muon" else torch.optim.AdamW
+    groups = [group | {"lr": config.lr * group["lr_scale"]} for group in groups]
+    optimizer = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
     optimizer.register_load_state_dict_pre_hook(match_by_name)
     return optimizer
 
@@ -100,7 +120,8 @@ def match_by_name(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> di
     }
     for group in optimizer.param_groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):
-            moment = saved["state"].get(saved_id.get(name), {}).get("exp_avg")
+            state = saved["state"].get(saved_id.get(name), {})
+            moment = state.get("exp_avg", state.get("momentum_buffer"))
             if moment is not None and moment.shape != p.shape:
                 raise ValueError(
                     f"the checkpoint trained {name} with the shape {tuple(moment.shape)}, now it has {tuple(p.shape)}: "
@@ -109,16 +130,17 @@ def match_by_name(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> di
     now = [group["param_names"] for group in optimizer.param_groups]
     if now == [group["param_names"] for group in saved["param_groups"]]:
         return None
-    state, groups = {}, []
+    states, groups = {}, []
     for i, names in enumerate(now):
         first = sum(map(len, now[:i]))
         numbers = list(range(first, first + len(names)))
         for number, name in zip(numbers, names, strict=True):
             if saved_id.get(name) in saved["state"]:
-                state[number] = saved["state"][saved_id[name]]
+                states[number] = saved["state"][saved_id[name]]
         like = saved["param_groups"][min(i, len(saved["param_groups"]) - 1)]
-        groups.append(like | {"params": numbers, "param_names": names})
-    return {"state": state, "param_groups": groups}
+        kind = {key: value for key, value in optimizer.param_groups[i].items() if key == "muon"}
+        groups.append(like | kind | {"params": numbers, "param_names": names})
+    return {"state": states, "param_groups": groups}
 
 
 def groups_of(module: Any) -> list[dict[str, Any]]:

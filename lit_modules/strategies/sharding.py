@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from tokenformer.backbone import blocks_of
 from tokenformer.growth import pattention_layers
 
 
@@ -30,11 +31,6 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     for method in ("loss", "nats_and_entropy"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The Transformer blocks of a model of this project or of timm; none of another architecture."""
-    return list(getattr(getattr(model, "backbone", model), "blocks", ()))
 
 
 def shard_segments(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -18,6 +18,11 @@ SMALLEST = {
     "vit": {"size": "tiny", "batch_size": 2, "img_size": 32, "depth": 2},
     "generation": {"sizes": TINY, "batch_size": 2, "length": 4},
     "optimizer": {"stages": ((16, 64), (24, 96), (32, 128)), "sizes": {"depth": 1, "dim": 32, "num_heads": 2}},
+    "optimizer, Muon": {
+        "stages": ((16, 64), (24, 96)),
+        "sizes": {"depth": 1, "dim": 32, "num_heads": 2},
+        "name": "muon",
+    },
 }
 
 

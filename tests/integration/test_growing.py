@@ -30,6 +30,9 @@ def test_a_hash_sees_what_cancels_and_what_changes_places():
         assert fingerprint(one) == fingerprint(one.clone())
 
 
+ADAM = {"step", "exp_avg", "exp_avg_sq"}
+
+
 class Recorder(Callback):
     """Copies of weights and optimizer state at the start of each batch, before or after the growth."""
 
@@ -67,16 +70,19 @@ def train(module, data, folder, *callbacks, steps=14):
     return trainer
 
 
-@pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])
+@pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop", "Muon"])
 def test_old_state_is_untouched_to_the_bit(corpus, tmp_path, implementation):
     class Module(LanguageModule):
         def configure_optimizers(self):
             made = super().configure_optimizers()
+            if implementation == "Muon":
+                return made
             for group in made["optimizer"].param_groups:
                 group["fused"], group["foreach"] = implementation == "fused", implementation == "foreach"
             return made
 
-    module, data = module_and_data(corpus, tmp_path, Module)
+    muon = implementation == "Muon"
+    module, data = module_and_data(corpus, tmp_path, Module, name="muon" if muon else "adamw")
     before, after = Recorder(), Recorder()
     train(module, data, tmp_path, before, GrowParameterTokens(stages=STAGES), after)
     for step in (6, 10):
@@ -89,9 +95,10 @@ def test_old_state_is_untouched_to_the_bit(corpus, tmp_path, implementation):
         assert len(new) == 2 * 2 * 5
         for name in new:  # alive
             assert not torch.equal(after.weights[step][name], before.weights[step + 2][name]), name
-            assert before.moments[step + 1][name]["step"] == 1
+            assert muon or before.moments[step + 1][name]["step"] == 1
+            assert before.moments[step + 1][name].keys() == ({"momentum_buffer"} if muon else ADAM)
     groups = module.trainer.optimizers[0].param_groups
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert [group["weight_decay"] for group in groups] == [*([0.1] if muon else []), 0.1, 0.0]
     assert all(name.endswith(("keys", "values", "embedding.weight")) for name in groups[0]["param_names"])
     assert sum(len(group["params"]) for group in groups) == len(list(module.parameters()))
 

@@ -17,6 +17,8 @@ from tests.integration.growing import STAGES, checkpoint_of, config_of, contents
 from tests.integration.processes import run_in_processes
 from tests.integration.tiny import rows, write_config
 
+MUON = ["--model.optim.name=muon", "--model.optim.lr_adamw=2e-3"]
+
 # (options of the command line, arguments of the callback)
 VARIANTS = {
     "plain": ([], {}),
@@ -30,12 +32,12 @@ VARIANTS = {
         ],
         {"init": "split"},
     ),
-    "bf16-true": (["--trainer.precision=bf16-true"], {}),
+    "Muon, bf16-true": ([*MUON, "--trainer.precision=bf16-true"], {}),
     "annealed tau": ([], {"scale": "anneal", "anneal_steps": 4, "schedule": "continue"}),
     "learned tau from growth on": ([], {"scale": "learned", "init": "pairs"}),
-    "only the new": ([], {"train": "new"}),
-    "old ones slowly": (
-        [],
+    "Muon, only the new": (MUON, {"train": "new"}),
+    "Muon, EMA, old ones slowly": (
+        [*MUON, "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"],
         {
             "old_lr_scale": 0.3,
             "layers": ["ffn", "query"],
@@ -100,6 +102,7 @@ FULL = [
 ]
 EMA = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
 SHALLOW = ["--model.config.depth=1"]  # where one block shows as much as two
+DOUBLE = ["--trainer.precision=64-true"]  # Muon rounds to 16 bits: the last bits of a sum must not matter
 SAMPLE = ["--trainer.callbacks+=SampleText", "--trainer.callbacks.max_new_tokens=4"]
 TWO = {
     "ddp": (DDP, {}),
@@ -137,6 +140,8 @@ TWO = {
         [*FSDP2, *SHALLOW, *EMA, "--model.config.scale=learned"],
         {"train": "new", "init": "pairs"},
     ),
+    "ddp, Muon, only the new": ([*DDP, *SHALLOW, *MUON, *DOUBLE], {"train": "new"}),
+    "fsdp2, Muon, only the new": ([*FSDP2, *SHALLOW, *MUON], {"train": "new"}),
     "fsdp2, full": (FULL, {}),
     "fsdp2, full, EMA": ([*FULL, *EMA], {}),
     "fsdp2, full, only the new": ([*FULL, *SHALLOW], {"train": "new", "init": "anchored"}),
@@ -215,6 +220,9 @@ def test_strategies_and_numbers_of_processes_agree(in_two_processes, corpus, tmp
         assert difference(one, run) < 1e-5, run
         losses, expected = dict(rows(run, "train/loss")), dict(rows(one, "train/loss"))
         assert all(losses[step] == pytest.approx(expected[step], rel=1e-6) for step in losses), run
+
+    main(fit(config_of(tmp_path, corpus, train="new"), tmp_path / "one-Muon", *SHALLOW, *MUON, *DOUBLE))
+    assert difference(tmp_path / "one-Muon", folder / "ddp, Muon, only the new/whole") < 1e-12
 
     main(fit(config, tmp_path / "one-EMA", *EMA))
     averaged = folder / "fsdp2, full, EMA/whole"

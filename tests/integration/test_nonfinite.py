@@ -41,15 +41,16 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 @pytest.mark.parametrize(
-    ("what", "device", "precision"),
+    ("what", "device", "precision", "optimizer"),
     [
-        ("loss", "cpu", "32-true"),
-        ("gradients", "cpu", "bf16-mixed"),
-        pytest.param("loss", "gpu", "16-mixed", marks=NEEDS_GPU),
-        pytest.param("gradients", "gpu", "32-true", marks=NEEDS_GPU),
+        ("loss", "cpu", "32-true", "adamw"),
+        ("gradients", "cpu", "bf16-mixed", "muon"),
+        pytest.param("loss", "gpu", "16-mixed", "muon", marks=NEEDS_GPU),
+        pytest.param("gradients", "gpu", "32-true", "adamw", marks=NEEDS_GPU),
     ],
 )
-def test_a_step_that_is_not_finite_is_left_out(command, tmp_path, what, device, precision):
+def test_a_step_that_is_not_finite_is_left_out(command, tmp_path, what, device, precision, optimizer):
+    command = [*command, f"--model.optim.name={optimizer}"]
     harm = [HARM, "--trainer.callbacks.step=3", f"--trainer.callbacks.what={what}"]
     command = [*command, f"--trainer.accelerator={device}", f"--trainer.precision={precision}"]
     with pytest.warns(UserWarning, match="step 3 are not finite: it is skipped"):
@@ -79,12 +80,12 @@ def test_a_run_stops_at_more_of_them_than_allowed_and_shows_the_batches(command,
 
 
 def test_all_ranks_leave_out_what_is_not_finite_on_one(command, tmp_path):
-    cases = [("ddp", "loss"), ("fsdp2", "gradients")]
+    cases = [("ddp", "loss", "adamw"), ("fsdp2", "gradients", "muon")]
     fits = []
-    for strategy, what in cases:
+    for strategy, what, optimizer in cases:
         run = ["--run_dir", tmp_path / strategy / what, "--nonfinite.skip=1", HARM, "--trainer.callbacks.step=3"]
         fits.append([*command, f"--trainer.strategy={strategy}", "--trainer.devices=2", *run])
-        fits[-1] += [f"--trainer.callbacks.what={what}"]
+        fits[-1] += [f"--trainer.callbacks.what={what}", f"--model.optim.name={optimizer}"]
     run_in_processes(fits)
-    for strategy, what in cases:
+    for strategy, what, _ in cases:
         assert_left_out(tmp_path / strategy / what, 3)

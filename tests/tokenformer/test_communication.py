@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenformer import LMConfig, TokenFormerLM, grow
-from tokenformer.communication import Traffic, ddp_traffic, fsdp_traffic, token_parallel_traffic
+from tokenformer.communication import Traffic, ddp_traffic, fsdp_traffic, muon_traffic, token_parallel_traffic
 from tokenformer.cost import training_memory
 from tokenformer.sharding import Layout
 
@@ -75,6 +75,23 @@ def test_token_parallel_by_hand():
     grown = token_parallel_traffic(model, 64, "bf16-mixed", batches=3, devices=4)
     assert grown.sent - traffic.sent == 3 * 2 * 3 * 8 * 2 * 64 * 4 // 4
     assert token_parallel_traffic(model, 64, "bf16-mixed", batches=3, devices=1).sent == 0
+
+
+def test_muon_by_hand():
+    """16 bits of all matrices in blocks, there and back: on 4 devices 5 rows each of 18, of which a quarter stays.
+
+    In two groups of 4 a device has 3 rows. There are three shapes, of 18, 20 and 64 rows.
+    """
+    replicas, group = muon_traffic(build(), Layout(build(), 4))
+    rows = 2 * (3 * 2 * 5 + 2 * 5 + 2 * 16)
+    assert replicas == Traffic(group=4, sent=2 * 2 * 3 * rows * 32 // 4, gathers=2 * 3)
+    assert (group.sent, group.gathers) == (0, 0)
+    model = build()
+    model.backbone.blocks[0].requires_grad_(False)
+    replicas, group = muon_traffic(model, Layout(model, 8, 4))
+    size = (3 * 2 * 3 + 2 * 3 + 2 * 8) * 32
+    assert replicas == Traffic(group=2, sent=2 * 2 * size // 2, gathers=2 * 3)
+    assert group == Traffic(group=4, sent=2 * 2 * 3 * size // 4, gathers=2 * 3)
 
 
 def test_messages_go_around_a_ring_or_along_a_tree():

@@ -16,6 +16,7 @@ from lit_modules.optim.config import OptimConfig
 from tests.conftest import ROOT
 from tests.integration.configs import configs
 from tokenformer import LMConfig
+from tokenformer.cost import muon_flops
 
 TINY = {"vocab_size": 100, "depth": 2, "dim": 32, "num_heads": 4, "qkv_tokens": 24, "proj_tokens": 20, "ffn_tokens": 64}
 DATA = SimpleNamespace(batch_size=4, seq_len=16)
@@ -120,6 +121,22 @@ def test_what_grows_is_what_the_callback_grows():
     assert (grown.ddp.gradients, grown.ddp.optimizer) == (4 * new, 8 * new)
     assert scratch.phase.num_params == grown.phase.num_params - 4
     assert scratch.ddp.gradients == 4 * scratch.phase.num_params
+
+
+def test_muon_has_a_line_and_one_moment():
+    """For every layer 5 x (4 m m n + 2 m m m) FLOPs for its keys, and for its values."""
+    trained = LanguageModule(LMConfig(**TINY), OptimConfig(name="muon"))
+    sizes = [(24, 32)] * 3 + [(20, 32), (32, 64)]
+    flops = 2 * 2 * 5 * sum(4 * m * m * n + 2 * m**3 for m, n in sizes)
+    of_step = 3 * trained.build_model().flops_per_token(16) * 4 * 16
+    text = plan(trained, DATA, run_of(), devices=2)
+    assert f"Muon: {flops:,} FLOPs to orthogonalise; a device's step at the last size has" in text
+    halves = muon_flops(trained.build_model(), 2)  # of the matrices of each shape
+    assert halves == flops / 2
+    assert f"{flops / of_step:.2%} more FLOPs in DDP, {halves / of_step:.2%} in FSDP2" in text
+    assert "Muon" not in plan(module(), DATA, run_of())
+    (one,), (two,) = (plan_rows(m, DATA, run_of(), devices=2) for m in (trained, module()))
+    assert two.ddp.optimizer - one.ddp.optimizer == 4 * 2 * 2 * 32 * (3 * 24 + 20 + 64)
 
 
 def test_without_growth_there_is_one_row_and_nothing_to_compare():

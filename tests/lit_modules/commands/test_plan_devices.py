@@ -12,8 +12,8 @@ from lit_modules.commands.plan_devices import COUNTS, DDP, FSDP2, TOKENS, Step, 
 from lit_modules.growth.stages import Stage
 from tests.lit_modules.commands.test_plan import TINY, module, run_of
 from tokenformer import LMConfig, TokenFormerLM
-from tokenformer.communication import Traffic, ddp_traffic, fsdp_traffic, token_parallel_traffic
-from tokenformer.cost import training_memory
+from tokenformer.communication import Traffic, ddp_traffic, fsdp_traffic, muon_traffic, token_parallel_traffic
+from tokenformer.cost import muon_flops, training_memory
 from tokenformer.growth import grow
 from tokenformer.hardware import Device, find_device, seconds
 from tokenformer.sharding import Layout
@@ -70,6 +70,30 @@ def test_what_hides_behind_computing(net):
     longer = ddp.communication_seconds - ddp.compute_seconds / 3
     assert ddp.efficiency == pytest.approx(ddp.compute_seconds / (ddp.compute_seconds + longer))
     assert fsdp.efficiency == pytest.approx(fsdp.compute_seconds / fsdp.communication_seconds)
+
+
+def test_muon_by_hand(net):
+    """In DDP each device does all of its work, in FSDP2 a share, for which it waits; it keeps one moment less."""
+    points, muons = (
+        {(p.strategy, p.devices): p for p in scale_out(net, replace(STEP, optimizer=name), DEVICE)}
+        for name in ("adamw", "muon")
+    )
+    flops = muon_flops(net)
+    for strategy, devices, group in ((DDP, 32, 1), (FSDP2, 32, 1), (TOKENS, 32, 8)):
+        point, muon = points[strategy, devices], muons[strategy, devices]
+        own = flops if strategy == DDP else muon_flops(net, devices)
+        assert muon.compute_seconds == pytest.approx(point.compute_seconds + own / 1e9)
+        assert muon.memory_bytes < point.memory_bytes
+        replicas, neighbours = muon_traffic(net, Layout(net, devices, group))
+        sent = 0 if strategy == DDP else replicas.sent + neighbours.sent
+        waits = 0 if strategy == DDP else seconds(replicas, DEVICE, 8 // group) + seconds(neighbours, DEVICE, 8)
+        assert muon.sent_bytes == point.sent_bytes + sent
+        assert muon.communication_seconds == pytest.approx(point.communication_seconds + waits)
+    whole = 3 * 64 * 16 * net.flops_per_token(16)
+    ideal = (whole + flops) / 32 / 1e9
+    gathers = seconds(muon_traffic(net, Layout(net, 32))[0], DEVICE, 8)
+    expected = ideal / (whole / 32 / 1e9 + muon_flops(net, 32) / 1e9 + gathers)  # all else that FSDP2 sends hides
+    assert muons[FSDP2, 32].efficiency == pytest.approx(expected)
 
 
 def test_devices_without_a_sequence_are_left_out(net):

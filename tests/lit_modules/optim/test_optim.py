@@ -9,7 +9,7 @@ from timm.optim import param_groups_layer_decay
 from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
 from lit_modules.optim.config import OptimConfig
-from lit_modules.optim.groups import adamw, param_groups
+from lit_modules.optim.groups import make_optimizer, param_groups
 from lit_modules.optim.schedule import lr_factor, lr_scheduler
 from tokenformer import LMConfig, TokenFormerLM, ViTConfig, grow
 
@@ -75,7 +75,7 @@ def test_layer_decay_needs_a_model_that_names_its_layers():
 
 
 def test_adamw_has_the_published_numbers():
-    optimizer = adamw(param_groups(TokenFormerLM(LMConfig(**SMALL)), 0.1), OptimConfig(), fused=False)
+    optimizer = make_optimizer(param_groups(TokenFormerLM(LMConfig(**SMALL)), 0.1), OptimConfig(), fused=False)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (6e-4, (0.9, 0.95), 1e-8)
 
@@ -139,7 +139,7 @@ def test_bad_settings_are_refused(change, message):
 def test_moments_of_another_shape_are_refused():
     """The fused update would read past them."""
     one, other = (torch.nn.Linear(4, size) for size in (2, 3))
-    optimizers = [adamw(param_groups(model, 0.1), OptimConfig(), fused=True) for model in (one, other)]
+    optimizers = [make_optimizer(param_groups(model, 0.1), OptimConfig()) for model in (one, other)]
     one(torch.randn(1, 4)).sum().backward()
     optimizers[0].step()
     with pytest.raises(ValueError, match=r"trained weight with the shape \(2, 4\), now it has \(3, 4\)"):
