@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
 
 import datamodules.images
+import datamodules.instructions
 import datamodules.text  # noqa: F401  (makes their classes known by short names)
 from datamodules.loader import StreamDataModule
 from lit_modules.callbacks import (
