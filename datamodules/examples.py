@@ -27,7 +27,12 @@ from datamodules.tokens import encoding_threads
 QUESTION = "### Instruction:\n{}\n\n### Response:\n"
 INPUT = "{}\n\n### Input:\n{}"
 # Columns, of which a row has one each; what has no template is taken as it is.
-ASKED, INPUTS, ANSWERED, AS_IT_IS = ("instruction", "prompt"), ("input", "context"), ("output", "response"), "completion"
+ASKED, INPUTS, ANSWERED, AS_IT_IS = (
+    ("instruction", "prompt"),
+    ("input", "context"),
+    ("output", "response"),
+    "completion",
+)
 UNDERSTOOD = (
     "instruction (input or context) and output or response; prompt and response; prompt and completion; "
     "messages, each with role (system, user, assistant) and content"

@@ -89,10 +89,10 @@ class FileSource:
                 yield f"{path}:{number}", row
 
     def _parquet(self, path: Path) -> Iterator[str]:
-        field, row = self.form.text_field, 0
-        for columns, batch in _record_batches(path, field):
-            for row, text in enumerate(batch.column(0).to_pylist(), row + 1):
-                yield text if isinstance(text, str) else text_of(columns | {field: text}, field, f"{path}, row {row}")
+        field = self.form.text_field
+        texts = ((columns, text) for columns, batch in _record_batches(path, field) for text in batch[0].to_pylist())
+        for row, (columns, text) in enumerate(texts, 1):
+            yield text if isinstance(text, str) else text_of(columns | {field: text}, field, f"{path}, row {row}")
 
     def fingerprint(self) -> str:
         """Changes when a file's name or contents do; of a corpus that takes long to read, its name, size or time."""

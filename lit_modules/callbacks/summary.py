@@ -67,7 +67,8 @@ class Summary(Callback):
             config = f"{shorten(self.run_dir)}/config.yaml"
             best = shorten(saved[-1].best_model_path)
             asks = pl_module.predict_option  # where the data has that key
-            asks = f" {asks}" if hasattr(trainer.datamodule, asks.split()[0].removeprefix("--data.")) else ""
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            asks = f" {asks}" if hasattr(data, asks.split()[0].removeprefix("--data.")) else ""
             lines += [
                 "next:",
                 f"  tokenformer validate --config {config} --ckpt_path {best}",

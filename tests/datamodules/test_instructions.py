@@ -57,7 +57,9 @@ def test_all_turns_of_the_assistant_are_targets():
 def test_what_is_cut_and_left_out_is_counted(caplog):
     caplog.set_level("INFO")
     rows = [{"prompt": "a" * length, "completion": answer} for length, answer in ((4, "bc"), (4, "bcd"), (9, "b"))]
-    found = examples_of(*rows, {"prompt": "a", "completion": " \n"}, TALK, {"messages": TALK["messages"][:2]}, seq_len=7)
+    found = examples_of(
+        *rows, {"prompt": "a", "completion": " \n"}, TALK, {"messages": TALK["messages"][:2]}, seq_len=7
+    )
     assert found.num_answers.tolist() == [3, 3]
     assert found.example(1)[0].tolist() == [END, *b"aaaabcd"]  # its end was cut off
     assert "these: of 6 examples 4 have no answer, or none within data.seq_len=7, and are left out; 1 are cut" in (
@@ -172,3 +174,9 @@ def test_evaluation_sees_every_answer_once(world_size):
     assert len({len(own) for own in batches}) == 1
     found = torch.cat([targets[targets != -100] for own in zip(*batches, strict=True) for _, targets in own])
     assert found.tolist() == examples.ids[examples.is_answer].tolist()
+
+
+def test_a_resume_with_other_batches_begins_a_step_of_its_own():
+    weights = [batch.weight for batch in loader(batch_size=2, accumulate=2, position=9)]
+    assert len({*weights}) > 2
+    assert [sum(pair) for pair in zip(weights[::2], weights[1::2], strict=True)] == pytest.approx([2.0] * 6)
