@@ -1,5 +1,6 @@
 """Fine-tuning on answers through the command line: the loss, growth on the way, resume in the middle of an epoch."""
 
+import csv
 import json
 
 import pytest
@@ -112,6 +113,18 @@ def test_it_grows_and_writes_where_prompts_have_no_targets(tuned):
     assert record["loss_after"] == pytest.approx(record["loss_before"], rel=1e-5)
     assert (whole / "sample.txt").read_text().startswith("### Instruction:\nA?\n\n### Response:\n")
     assert tokenizer_of(checkpoint_of(whole, 10)).vocab_size == 257
+
+
+def test_predict_says_what_each_token_of_the_answers_costs(tuned, tmp_path):
+    config, _, whole, _ = tuned
+    from_here = ["--config", str(config), f"--ckpt_path={checkpoint_of(whole, 10)}"]
+    main(["predict", *from_here, "--run_dir", str(tmp_path / "run")])
+    with (tmp_path / "run/predictions.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert {row["token"] for row in found} == {"x", ""}
+    assert len(found) == data_of(config).val.num_answers.sum()
+    mean = sum(float(row["nats"]) for row in found) / len(found)
+    assert rows(whole, "val/loss")[-1][1] == pytest.approx(mean, abs=1e-5)
 
 
 def test_an_epoch_that_ends_in_the_middle_of_a_step_is_refused(tuned, tmp_path):
