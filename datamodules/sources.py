@@ -58,12 +58,23 @@ class FileSource:
             if _kind(path) == ".parquet":
                 yield from self._parquet(path)
             elif _kind(path) == ".jsonl":
-                yield from self._json_lines(path)
+                yield from (text_of(row, self.form.text_field, where) for where, row in self._json_lines(path))
             else:
                 text = read_text(path, self.form.encoding)
                 yield from text.split(self.form.document_separator) if self.form.document_separator else [text]
 
-    def _json_lines(self, path: Path) -> Iterator[str]:
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """(where it is, row) of each row."""
+        for path in self.files:
+            if _kind(path) == ".jsonl":
+                yield from self._json_lines(path)
+            elif _kind(path) == ".parquet":
+                rows = (row for _, batch in _record_batches(path) for row in batch.to_pylist())
+                yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+            else:
+                raise ValueError(f"data source {path}: is text, and rows with named fields are needed: give .jsonl")
+
+    def _json_lines(self, path: Path) -> Iterator[tuple[str, Any]]:
         with opened(path, self.form.encoding) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
@@ -72,27 +83,18 @@ class FileSource:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(
-                        f"{path}:{number}: not JSON ({error.msg} at column {error.colno}): {_shown(line.strip())}; "
+                        f"{path}:{number}: not JSON ({error.msg} at column {error.colno}): {shown(line.strip())}; "
                         "each line of a .jsonl file is a JSON object: mend or remove this one"
                     ) from error
                 except (RecursionError, ValueError) as error:  # nested too deep, a number of too many digits
                     raise ValueError(f"{path}:{number}: can't be read as JSON ({error}): remove this line") from error
-                yield text_of(row, self.form.text_field, f"{path}:{number}")
+                yield f"{path}:{number}", row
 
     def _parquet(self, path: Path) -> Iterator[str]:
-        import pyarrow.parquet
-
         field = self.form.text_field
-        try:
-            table = pyarrow.parquet.ParquetFile(path)
-            columns = dict.fromkeys(table.schema_arrow.names)
-            if field not in columns:
-                text_of(columns, field, str(path))
-            batches = table.iter_batches(batch_size=1024, columns=[field])
-            for row, text in enumerate((text for batch in batches for text in batch.column(0).to_pylist()), 1):
-                yield text if isinstance(text, str) else text_of(columns | {field: text}, field, f"{path}, row {row}")
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: no parquet file, or corrupted: {error}") from error
+        texts = ((columns, text) for columns, batch in _record_batches(path, field) for text in batch[0].to_pylist())
+        for row, (columns, text) in enumerate(texts, 1):
+            yield text if isinstance(text, str) else text_of(columns | {field: text}, field, f"{path}, row {row}")
 
     def fingerprint(self) -> str:
         """Changes when a file's name or contents do; of a corpus that takes long to read, its name, size or time."""
@@ -104,6 +106,21 @@ class FileSource:
             if read:
                 digest.update(path.read_bytes())
         return digest.hexdigest()
+
+
+def _record_batches(path: Path, field: str | None = None) -> Iterator[tuple[dict[str, None], Any]]:
+    """(all columns, rows) of a parquet file, a thousand or so at a time; with a field only that is read."""
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        columns = dict.fromkeys(table.schema_arrow.names)
+        if field is not None and field not in columns:
+            text_of(columns, field, str(path))
+        for batch in table.iter_batches(batch_size=1024, columns=None if field is None else [field]):
+            yield columns, batch
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no parquet file, or corrupted: {error}") from error
 
 
 def _files(pattern: str) -> list[Path]:
@@ -170,7 +187,7 @@ def text_of(row: Any, field: str, where: str) -> str:
         ValueError: naming the place, for a row without one.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: holds {_shown(row)}, not an object with the text in {field!r}")
+        raise ValueError(f"{where}: holds {shown(row)}, not an object with the text in {field!r}")
     text = row.get(field)
     if isinstance(text, str):
         return text
@@ -178,12 +195,13 @@ def text_of(row: Any, field: str, where: str) -> str:
         raise ValueError(f"{where}: no text in {field!r}; set data.text_field to one of {list(row)}")
     others = [name for name in row if name != field]
     another = f", or set data.text_field to another of {others}" if others else ""
-    raise ValueError(f"{where}: {field!r} holds {_shown(text)}, not text: mend or remove the row{another}")
+    raise ValueError(f"{where}: {field!r} holds {shown(text)}, not text: mend or remove the row{another}")
 
 
-def _shown(value: Any) -> str:
-    shown = "null" if value is None else repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:60]}..."
+def shown(value: Any) -> str:
+    """A value, cut if it is long, for a message."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 class HuggingFace:
@@ -229,8 +247,13 @@ class HuggingFace:
 
     def documents(self) -> Iterator[str]:
         """The text of each row."""
+        for where, row in self.rows():
+            yield text_of(row, self.form.text_field, where)
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """(where it is, row) of each row."""
         for number, row in enumerate(self._load(), 1):
-            yield text_of(row, self.form.text_field, f"{self.name}, row {number}")
+            yield f"{self.name}, row {number}", row
 
     def fingerprint(self) -> str:
         """Changes when the dataset does (streaming: when its name does)."""
@@ -248,6 +271,11 @@ class Several:
         """The text of each document."""
         for source in self.sources:
             yield from source.documents()
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """(where it is, row) of each row."""
+        for source in self.sources:
+            yield from source.rows()
 
     def fingerprint(self) -> str:
         """Changes when one of theirs does."""

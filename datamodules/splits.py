@@ -10,8 +10,7 @@ def documents_of(sources: dict[str, Source], held_out: float, ends: bool = False
     """(split, text) of every document that has any text; with `ends`, its end is held out, not some documents."""
     for name, source in sources.items():
         for text in source.documents():
-            if not text.isascii():  # half of a surrogate pair is no text: JSON can hold it, UTF-8 and tokenizers can't
-                text = text.encode("utf-8", errors="replace").decode("utf-8")
+            text = valid_text(text)
             if not text.strip():
                 continue
             if name == "train" and ends:
@@ -21,7 +20,7 @@ def documents_of(sources: dict[str, Source], held_out: float, ends: bool = False
                     (split, part) for split, part in (("train", text[:cut]), ("val", text[cut:])) if part.strip()
                 )
             else:
-                yield "val" if name == "train" and _hash(text) < held_out else name, text
+                yield "val" if name == "train" and hash_of(text) < held_out else name, text
 
 
 def too_few(sources: dict[str, Source], held_out: float) -> bool:
@@ -34,7 +33,12 @@ def too_few(sources: dict[str, Source], held_out: float) -> bool:
     return bool(found)
 
 
-def _hash(text: str) -> float:
+def valid_text(text: str) -> str:
+    """The text, a ? for half of a surrogate pair: JSON can hold it, UTF-8 and tokenizers can't."""
+    return text if text.isascii() else text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def hash_of(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

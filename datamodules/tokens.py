@@ -15,6 +15,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -254,17 +255,24 @@ def _encode_all(
 
     Threads, since new processes would run the caller's script again; a `tokenizer.json` is obeyed outside of Python.
     """
-    pool = ThreadPoolExecutor(num_threads)
     under_way: deque[Future[Encoded]] = deque()
-    before = os.environ.get(PARALLELISM)
-    os.environ[PARALLELISM] = "false"  # one thread a core already
-    try:
+    with encoding_threads(num_threads) as pool:
         for batch in batches:
             if len(under_way) >= 4 * num_threads:
                 yield under_way.popleft().result()
             under_way.append(pool.submit(_encode, tokenizer, dtype, *batch))
         while under_way:
             yield under_way.popleft().result()
+
+
+@contextmanager
+def encoding_threads(num_threads: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that encode; the tokenizers package starts none of its own meanwhile. Default: about one a core."""
+    pool = ThreadPoolExecutor(num_threads)
+    before = os.environ.get(PARALLELISM)
+    os.environ[PARALLELISM] = "false"  # one thread a core already
+    try:
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
         if before is None:

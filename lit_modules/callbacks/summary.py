@@ -66,10 +66,13 @@ class Summary(Callback):
         if saved:
             config = f"{shorten(self.run_dir)}/config.yaml"
             best = shorten(saved[-1].best_model_path)
+            asks = pl_module.predict_option  # where the data has that key
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            asks = f" {asks}" if hasattr(data, asks.split()[0].removeprefix("--data.")) else ""
             lines += [
                 "next:",
                 f"  tokenformer validate --config {config} --ckpt_path {best}",
-                f"  tokenformer predict --config {config} --ckpt_path {best} {pl_module.predict_option}",
+                f"  tokenformer predict --config {config} --ckpt_path {best}{asks}",
             ]
             if isinstance(pl_module, LanguageModule):
                 lines.append(f"  tokenformer generate {best} --prompt TEXT")

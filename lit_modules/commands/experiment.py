@@ -18,6 +18,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf.errors import OmegaConfBaseException
 
 import datamodules.images
+import datamodules.instructions
 import datamodules.text  # noqa: F401  (makes their classes known by short names)
 from datamodules.loader import StreamDataModule
 from lit_modules.callbacks import (

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from datamodules.instructions import InstructionDataModule
 from datamodules.text import TextDataModule
 from datamodules.tokenizer import Tokenizer, load_tokenizer
 from lit_modules.checkpoints.reading import config_of
 from tokenformer import TokenFormerLM
 
+READ_TEXT = {kind.__name__: kind for kind in (TextDataModule, InstructionDataModule)}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 PADDING_NAMES = ("<|padding|>", "<|pad|>", "<|PAD_TOKEN|>", "[PAD]", "<pad>")
 
@@ -31,11 +33,12 @@ def tokenizer_of(path: Path, given: str | None = None) -> Tokenizer:
     if (path / "tokenizer.json").is_file():
         return load_tokenizer(str(path / "tokenizer.json"))
     data = config_of(path).get("data", {})
-    if data.get("class_path", "").rsplit(".", 1)[-1] != TextDataModule.__name__:
+    kind: Any = READ_TEXT.get(data.get("class_path", "").rsplit(".", 1)[-1])
+    if kind is None:
         raise ValueError(
             f"{path}: has no tokenizer.json, nor is it in a run whose config.yaml names one: give one by --tokenizer"
         )
-    return TextDataModule(**data["init_args"]).tokenizer
+    return kind(**data["init_args"]).tokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer, model: TokenFormerLM) -> None:

@@ -17,8 +17,9 @@ from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.config import widened
 from tokenformer.loss import IGNORE
 
-Batch = tuple[Tensor, Tensor]  # input_ids (B, T), targets (B, T), IGNORE where a target does not count
-
+# input_ids (B, T) and targets (B, T), IGNORE where a target does not count. One with names may have more to say:
+# `num_tokens` without padding; `weight` of its loss in the mean over the batches of a step.
+Batch = tuple[Tensor, Tensor]
 
 PROBE_TOKENS = 256  # enough to see a change; a whole batch would take longer than the growth
 
@@ -66,13 +67,13 @@ class LanguageModule(TokenFormerModule):
         self.model: TokenFormerLM | None = None
 
     def training_flops(self, batch: Batch) -> int:
-        """FLOPs that a batch costs at the model's present size: forward, and twice that for backward."""
-        ids, _ = batch
+        """FLOPs that a batch costs at the model's present size, padding too: forward, and twice that for backward."""
+        ids = batch[0]
         return 3 * ids.numel() * self._model.flops_per_token(ids.shape[1])
 
     def num_tokens(self, batch: Batch) -> int:
-        """Input tokens of a batch."""
-        return batch[0].numel()
+        """Input tokens of a batch, without padding where the batch says how many."""
+        return int(getattr(batch, "num_tokens", batch[0].numel()))
 
     def tokens_per_batch(self, data: Any) -> int | None:
         """Training tokens of a batch of this datamodule on one device; None where it does not say."""
@@ -116,13 +117,16 @@ class LanguageModule(TokenFormerModule):
             )
 
     def probe_loss(self, batch: Batch) -> Tensor:
-        """What growth must not change: the loss of the beginning of a batch."""
-        ids, targets = batch
-        return self._model.loss(ids[:1, :PROBE_TOKENS], targets[:1, :PROBE_TOKENS])
+        """What growth must not change: the loss of a piece of a batch, from the first target on that counts."""
+        ids, targets = batch[:2]
+        row, start = divmod(int((targets != IGNORE).flatten().int().argmax()), targets.shape[1])
+        piece = slice(row, row + 1), slice(start, start + PROBE_TOKENS)
+        return self._model.loss(ids[piece], targets[piece])
 
     def batch_loss(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the batch in nats."""
-        return self._model.loss(*batch)
+        """Mean cross-entropy in nats of the targets that count, times the batch's weight where it has one."""
+        loss = self._model.loss(*batch[:2])
+        return loss * getattr(batch, "weight", 1.0)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Take a batch into account."""

@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 from tests.integration.configs import CONFIGS, baselines, configs, given
 
 PATHS = [*configs("language"), *configs("vision")]
-PLAIN = re.compile(r"class_path: (LanguageModule|VisionModule|TextDataModule|ImageDataModule)$")
+PLAIN = re.compile(r"class_path: (LanguageModule|VisionModule|TextDataModule|InstructionDataModule|ImageDataModule)$")
 
 
 def test_no_config_is_left_out():

@@ -1,6 +1,7 @@
 """docs/from-elsewhere.md: each command of ours does what the page says, on tiny models."""
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
+import yaml
 
 from lit_modules.cli import main
 from tests.conftest import ROOT
@@ -38,6 +40,12 @@ def place(tmp_path_factory, corpus, images, golden_lm):
     language = write_config(folder / "configs/language", corpus, trainer=few, checkpoint={"every_n_train_steps": 3})
     language = language.rename(folder / "configs/language/quickstart.yaml")
     language.write_text(language.read_text().replace("warmup_steps: 2", "warmup_steps: 1"))
+    tune = yaml.safe_load(language.read_text())
+    tune["data"] = yaml.safe_load((ROOT / "configs/language/finetune.yaml").read_text())["data"]
+    tune["data"]["init_args"] |= {"seq_len": 64, "batch_size": 4}
+    (folder / "configs/language/finetune.yaml").write_text(yaml.safe_dump(tune))
+    answers = [json.dumps({"instruction": f"Say {i}.", "output": str(i)}) for i in range(20)]
+    (folder / "answers.jsonl").write_text("\n".join(answers))
     vision = write_vision(folder / "configs/vision", images).rename(folder / "configs/vision/cifar-10.yaml")
     steps = (
         vision.read_text()

@@ -1,18 +1,25 @@
 """Every file of configs/language/: parsed by the command line, run on a shrunken model, counted on meta."""
 
 import csv
+import json
 from dataclasses import replace
 
 import pytest
 import tokenizers
 import torch
+import yaml
 
+from datamodules.tokenizer import ByteTokenizer
 from lit_modules.cli import main
+from lit_modules.commands.tokenizers import save_tokenizer
+from lit_modules.modules.loading import load_model
 from tests.integration.configs import CONFIGS, experiments, given, growth_of, run_shrunken
-from tokenformer import LMConfig, TokenFormerLM
+from tests.integration.tiny import rows as logged
+from tokenformer import LMConfig, TokenFormerLM, save_pretrained
 
 FOLDER = CONFIGS / "language"
 EXPERIMENTS = experiments("language")
+FINETUNE = EXPERIMENTS.pop("finetune")  # has other data, and a model to start from
 
 # facts: paper table 9, the released configs, the Transformers of table 6. Millions of parameters, to the digits given.
 PUBLISHED = {
@@ -57,6 +64,28 @@ def test_config_runs_on_a_shrunken_model(name, corpus, tmp_path):
     files = EXPERIMENTS[name]
     saved, asked = given(run_shrunken(files, shrink, tmp_path) / "config.yaml"), given(*files)
     assert saved["model"]["init_args"]["optim"]["lr"] == asked["model"]["init_args"]["optim"]["lr"]
+
+
+def test_finetune_runs_on_a_shrunken_model(tmp_path, monkeypatch):
+    """Its epochs as they are: three of two steps, of 2 x 2 examples."""
+    settings = yaml.safe_load(SHRINK)
+    sizes = settings["model"]["init_args"]["config"]
+    model = TokenFormerLM(LMConfig(**sizes, max_seq_len=64, vocab_size=384))  # of bytes 257, rounded up as the released
+    save_pretrained(model, tmp_path / "models/150m")
+    save_tokenizer(ByteTokenizer(), tmp_path / "models/150m", 64)
+    rows = [json.dumps({"instruction": f"Say {i}.", "output": str(i)}) for i in range(9)]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    data = {"source": "t.jsonl", "seq_len": 64, "batch_size": 2, "val_fraction": 0.1}
+    trainer = {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False}
+    own = {"model": settings["model"], "data": {"init_args": data}, "trainer": trainer}
+    (tmp_path / "shrink.yaml").write_text(yaml.safe_dump(own))
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(*FINETUNE), "--config", "shrink.yaml", "--run_dir", "run"])
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000006.ckpt"]
+    assert [step for step, _ in logged(tmp_path / "run", "val/loss")] == [1, 3, 5]
+    trained = load_model(tmp_path / "run/checkpoints/step-00000006.ckpt").state_dict()
+    moved = [(trained[name] - tensor).abs().max().item() for name, tensor in model.state_dict().items()]
+    assert 0 < max(moved) < 1e-3  # it went on from there, at the config's small rate
 
 
 def model_config(name, vocab_size):
