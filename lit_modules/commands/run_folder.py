@@ -57,7 +57,7 @@ def resolve_run(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
 def replace_links(folder: Path) -> None:
     """Make files of the links to files in a run's folder: what the run writes there it writes nowhere else."""
     for link in folder.iterdir():
-        if link.is_symlink() and not link.is_dir():
+        if link.is_symlink() and (link.is_file() or not link.exists()):
             content = link.read_bytes() if link.is_file() else None
             link.unlink()
             if content is not None:

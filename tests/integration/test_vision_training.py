@@ -4,6 +4,7 @@ One file: the tests share folders of images and a trained run, which takes secon
 """
 
 import csv
+import json
 import shutil
 
 import pytest
@@ -367,6 +368,10 @@ def test_timm_evaluates_an_export_by_its_class_map(numbered, tmp_path):
     (row,) = csv.DictReader((tmp_path / "validated" / "results.csv").open())
     assert float(row["top1"]) == pytest.approx(top1, abs=1e-3)
     classes.unlink()
+    written = tmp_path / "model" / "config.json"
+    saved = json.loads(written.read_text())
+    assert saved["pretrained_cfg"].pop("label_names") == ["0", "1", "10", "2"]
+    written.write_text(json.dumps(saved))
     with pytest.warns(
         UserWarning, match="has no class_map.txt, so its classes are taken to be in the order of the data"
     ):

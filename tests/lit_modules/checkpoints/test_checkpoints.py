@@ -18,6 +18,7 @@ from lit_modules.checkpoints import validation, writing
 from lit_modules.checkpoints.compatibility import check_resume
 from lit_modules.checkpoints.validation import find_corruption, latest_valid
 from lit_modules.checkpoints.writing import AtomicCheckpointIO, partial_of, remove_partial_checkpoints
+from lit_modules.optim.config import OptimConfig
 from tokenformer import LMConfig
 
 
@@ -188,7 +189,8 @@ def test_outside_of_training_only_what_others_callbacks_saved_is_missed(training
     states = {key: {"a": 1} for key in keys}
     checkpoint = {"callbacks": dict(states)}
     trainer = SimpleNamespace(callbacks=list(here), training=training)
-    check_resume(checkpoint, SimpleNamespace(config=LMConfig(), trainer=trainer, _trainer=trainer))
+    module = SimpleNamespace(config=LMConfig(), optim=OptimConfig(), trainer=trainer, _trainer=trainer)
+    check_resume(checkpoint, module)
     assert checkpoint["callbacks"].keys() == states.keys() - (set() if training else set(gone))
 
 

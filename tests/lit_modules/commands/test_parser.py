@@ -131,7 +131,7 @@ def refusal(capsys, *args, config=LANGUAGE):
         ("--model.config.depth=x", "model.config.depth='x': must be int"),
         ("--model.config=3", 'model.config: *: Unable to load config "3"'),
         ("--model.optim.betas=[1,2,3]", "model.optim.betas='[[]1, 2, 3[]]': must be tuple with 2 elements"),
-        ("--data.source=[1]", "data.source='1': must be str"),
+        ("--data.source=[1]", "data.source='1': must be str or dict"),
         ("--trainer.max_steps=many", "trainer.max_steps='many': must be int"),
         ("--trainer.callbacks=mine.Own", "trainer.callbacks: mine.Own: No module named 'mine'"),
         ("--config=nowhere.yaml", "config: File does not exist: '*nowhere.yaml'"),
@@ -159,7 +159,7 @@ def test_a_file_that_is_no_config_is_named(text, message, tmp_path, capsys):
 def test_a_bad_value_of_a_callback_is_no_unknown_key(capsys):
     growth = "--trainer.callbacks+=GrowParameterTokens"
     found = refusal(capsys, growth, "--trainer.callbacks.init=zerokeys")
-    assert found.startswith("trainer.callbacks.init='zerokeys': must be zero_keys, random, ")
+    assert found.startswith("trainer.callbacks.init='zerokeys': must be zero_keys, anchored, segment_norm, ")
     assert found.endswith("; did you mean 'zero_keys'?")
     found = refusal(capsys, growth, "--trainer.callbacks.stages=[{at_step: 3, fnn: 64}]")
     assert found == "unknown key 'trainer.callbacks.stages.fnn' of Stage: did you mean 'trainer.callbacks.stages.ffn'?"

@@ -231,7 +231,7 @@ def test_counts_in_three_digits(count, text):
 
 
 def end_of_training(folder):
-    LossCurve().on_train_end(SimpleNamespace(loggers=[], default_root_dir=str(folder)), None)
+    LossCurve().on_fit_end(SimpleNamespace(loggers=[], default_root_dir=str(folder)), None)
 
 
 def test_loss_curve_at_the_end_of_training(tmp_path, monkeypatch):
