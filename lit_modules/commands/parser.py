@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn, get_origin
 
+import yaml
 from jsonargparse import _typehints
 from jsonargparse._util import NestedArg
 from lightning.pytorch.cli import LightningArgumentParser
@@ -53,7 +54,28 @@ UNKNOWN = re.compile(
     r"Group '([\w.]+)' does not accept option '([\w.]+)'|Option '([\w.]+)' is not accepted"
     r"|[Kk]ey '([\w.]+)' is not expected|unrecognized arguments: -*([\w.]+)"
 )
+LARGEST_CONFIG = 100_000  # values; a few lines of aliases of aliases may stand for more than a machine holds
 ALL_KEYS = "(`tokenformer COMMAND --help.all` lists all keys)"
+
+
+def _expanded_size(path: Any) -> int:
+    """Values in a YAML file with its aliases written out; 0 of what is none, which the parser says better."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            root = yaml.compose(file, Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return 0
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # of one that holds itself
+            parts = node.value if isinstance(node, (yaml.SequenceNode, yaml.MappingNode)) else ()
+            sizes[id(node)] += sum(sum(map(size, part)) if isinstance(part, tuple) else size(part) for part in parts)
+        return sizes[id(node)]
+
+    return size(root) if root is not None else 0
+
 
 _adapt = _typehints.adapt_typehints
 
@@ -89,6 +111,8 @@ class ArgumentParser(LightningArgumentParser):
     def parse_path(self, cfg_path: Any, *args: Any, **settings: Any) -> Any:
         """As jsonargparse's."""
         self._file = cfg_path
+        if (size := _expanded_size(cfg_path)) > LARGEST_CONFIG:
+            self.error(f"{cfg_path}: stands for {size:,} values by aliases (*NAME): write out what is needed")
         parsed = super().parse_path(cfg_path, *args, **settings)
         self._file = None
         return parsed

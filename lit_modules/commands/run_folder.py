@@ -12,6 +12,17 @@ from lit_modules.checkpoints.validation import latest_valid, step_of
 from lit_modules.runs.slurm import launch_name
 
 
+def experiment_folder(config: Namespace, name: str) -> Path:
+    """The folder of all runs of a name.
+
+    Raises:
+        ValueError: for a name that leads elsewhere.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"name={name}: is a folder in trainer.default_root_dir: without .. and a / in front of it")
+    return Path(config.trainer.default_root_dir or "runs") / name
+
+
 def resolve_run(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint that it starts from.
 
@@ -19,7 +30,7 @@ def resolve_run(subcommand: str, config: Namespace) -> tuple[Path, Path | None]:
         ValueError: for a folder that holds another run, a checkpoint that is missing or not valid, and one that is not
             the last of the run that it is to be resumed in.
     """
-    experiment = Path(config.trainer.default_root_dir or "runs") / config.name
+    experiment = experiment_folder(config, config.name)
     given = Path(config.run_dir) if config.run_dir else None
     if config.ckpt_path == "auto" and subcommand == "fit":
         if given is None and launch_name() is None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from lit_modules.commands.experiment import ExperimentCLI, run
 from lit_modules.commands.plan import num_devices
-from lit_modules.commands.run_folder import new_name
+from lit_modules.commands.run_folder import experiment_folder, new_name
 
 TEMPLATE = Path(__file__).parents[2] / "configs" / "slurm" / "job.sh"
 
@@ -67,7 +67,7 @@ def main(args: list[str]) -> None:
         raise ValueError(
             "run_dir and ckpt_path are the job's own: give --run_dir to submit (before `--`), no ckpt_path"
         )
-    folder = requested.run_dir or Path(config.trainer.default_root_dir or "runs") / config.name / new_name()
+    folder = requested.run_dir or experiment_folder(config, config.name) / new_name()
     if odd := set(str(folder)) & set("%\\'\""):
         raise ValueError(
             f"--run_dir {folder}: Slurm takes {' '.join(sorted(odd))} in the path of a log for its own signs"

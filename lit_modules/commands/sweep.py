@@ -28,7 +28,7 @@ from typing import Any
 
 from lit_modules.commands.experiment import run
 from lit_modules.commands.plot import plot
-from lit_modules.commands.run_folder import config_name
+from lit_modules.commands.run_folder import config_name, experiment_folder
 from lit_modules.commands.submit import ParsedCLI
 from lit_modules.runs.curves import Run
 from lit_modules.runs.lock import RunLock
@@ -64,7 +64,7 @@ def main(args: list[str]) -> None:
     keys = [key.removeprefix("--") for key in varied]
     short = [key.rpartition(".")[2] for key in keys]
     labels = dict(zip(varied, short if len(set(short)) == len(short) else keys, strict=True))
-    default = Path(config.trainer.default_root_dir or "runs") / (config.name or config_name(args, config.model))
+    default = experiment_folder(config, config.name or config_name(args, config.model))
     folder = Path(*own["--run_dir"]) if "--run_dir" in own else default / f"sweep-{'-'.join(labels.values())}"
     names = ["-".join(f"{labels[key]}={_in_a_path(value)}" for key, value in chosen.items()) for chosen in runs]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -200,9 +200,12 @@ def test_a_resumed_run_keeps_no_more_checkpoints_than_any_other(corpus, tmp_path
 def test_a_run_folder_that_cant_be_made_is_named(corpus, tmp_path, command, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: name)
     config = write_config(tmp_path, corpus)
-    time = ["--time=1"] if command == "submit" else []
+    time, options = (["--time=1"], ["--"]) if command == "submit" else ([], [])
     with pytest.raises(ValueError, match=r"run_dir.*tiny.yaml/run: can't be written to \(Not a directory\)"):
         main([command, "--config", str(config), *time, "--run_dir", str(config / "run")])
+    for name in ("../elsewhere", "a/../../b", str(tmp_path / "elsewhere")):
+        with pytest.raises(ValueError, match=f"name={name}: is a folder in trainer.default_root_dir: without"):
+            main([command, "--config", str(config), *time, *options, "--name", name])
 
 
 def test_what_a_killed_process_had_still_to_remove_is_removed(finished, tmp_path):

@@ -2,6 +2,7 @@
 
 import re
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -142,10 +143,17 @@ def test_a_mistake_is_said_in_a_line_with_the_key_that_was_meant(given, message,
     assert fnmatchcase(found, message), found
 
 
+# Ten zeros, ten times those, and so on: 10^9 in nine lines.
+BOMB = "a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairwise("abcdefghi")
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("model:\n  a: [1\n  b: 2\n", "no YAML: while parsing a flow sequence in line 2, column 6 did not find *"),
+        (BOMB, "stands for 1,234,567,909 values by aliases (*NAME): write out what is needed"),
         ("trainer:\n\tmax_steps: 3\n", "no YAML: while scanning for the next token * in line 2, column 1"),
         ("text\n", "holds no keys and values"),
     ],
