@@ -56,7 +56,7 @@ def parts_of(row: Any, where: str) -> list[Part]:
     if asked is None or answered is None:
         raise ValueError(f"{where}: has the fields {list(row)}; understood are {UNDERSTOOD}")
     question, answer = (_text(row[name], name, where) for name in (asked, answered))
-    more = _first(row, INPUTS)
+    more = None if answered == AS_IT_IS else _first(row, INPUTS)
     if more is not None and row[more]:
         question = INPUT.format(question, _text(row[more], more, where))
     return [(question if answered == AS_IT_IS else QUESTION.format(question), False), (answer, True)]
@@ -89,12 +89,17 @@ def hold_out(examples: list[list[Part]], fraction: float) -> tuple[list[list[Par
     """(rest, held out): a share of the examples, at least one, by the hashes of what is asked, not by their order.
 
     Examples that ask the same are on the same side.
+
+    Raises:
+        ValueError: when all ask the same.
     """
     hashes = [hash_of("".join(text for text, is_answer in parts if not is_answer)) for parts in examples]
     limit = sorted(hashes)[max(1, round(len(hashes) * fraction)) - 1] if hashes else 0
     sides: tuple[list[list[Part]], list[list[Part]]] = ([], [])
     for parts, value in zip(examples, hashes, strict=True):
         sides[value <= limit].append(parts)
+    if examples and not sides[0]:
+        raise ValueError("data.val_fraction: all examples ask the same, so none is left to train on: give val_source")
     return sides
 
 

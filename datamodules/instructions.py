@@ -185,8 +185,8 @@ class InstructionDataModule(StreamDataModule):
         limit = trainer.limit_train_batches if trainer and not trainer.fast_dev_run else 1.0
         if min(limit if isinstance(limit, int) else int(limit * len(loader)), len(loader)) % accumulate:
             raise ValueError(
-                f"trainer.limit_train_batches={limit} ends an epoch of {len(loader)} batches in the middle of a step: "
-                f"give a multiple of trainer.accumulate_grad_batches={accumulate}"
+                f"trainer.limit_train_batches={limit} (or overfit_batches) ends an epoch of {len(loader)} batches in "
+                f"the middle of a step: give a multiple of trainer.accumulate_grad_batches={accumulate}"
             )
         return loader
 

@@ -31,7 +31,8 @@ class TextDataModule(StreamDataModule):
             the share of the training samples that come from that source.
         val_source: validation documents. Default: the dataset's own validation split if there is one dataset, else
             `val_fraction` of the documents of `source`; of a mixture, of each of its sources.
-        test_source: test documents. Default: the dataset's own test split; without one, `test` runs on validation.
+        test_source: test documents. Default: the dataset's own test split (of a mixture without `val_source`, those of
+            its sources); without one, `test` runs on validation.
         val_sources: more validation documents, {NAME: SOURCE, ...}; their metrics are `val/NAME/loss`, ...
         tokenizer: bytes, the path of a tokenizer.json, hub:NAME, or bpe (trained on the corpus).
         bpe_vocab_size: size of the vocabulary that `bpe` trains; a small text gives a smaller one.

@@ -205,11 +205,14 @@ class GrowParameterTokens(Callback):
         else:
             self._bad += 1
 
-    def _is_due(self, stage: Stage, trainer: Trainer) -> bool:
+    def _is_due(self, stage: Stage, trainer: Trainer, module: TokenFormerModule) -> bool:
         if stage.at_step is not None:
             return trainer.global_step >= stage.at_step
         if stage.at_tokens is not None:
-            return self._counter(trainer).tokens >= stage.at_tokens
+            due = self._counter(trainer).tokens >= stage.at_tokens
+            data = getattr(trainer, "datamodule", None)
+            alike = data is not None and module.tokens_per_batch(data) is not None
+            return due if alike else trainer.strategy.broadcast(due)  # as the first process has counted
         assert stage.on_plateau is not None
         return self._bad >= stage.on_plateau.patience
 
@@ -217,7 +220,7 @@ class GrowParameterTokens(Callback):
         if batch_idx % trainer.accumulate_grad_batches:
             return
         pending = self.stages[self._applied(pl_module) :]
-        if pending and self._is_due(pending[0], trainer):
+        if pending and self._is_due(pending[0], trainer, pl_module):
             self._grow(trainer, pl_module, pending[0], batch)
 
     def _grow(self, trainer: Trainer, module: TokenFormerModule, stage: Stage, batch: Any) -> None:

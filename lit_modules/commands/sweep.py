@@ -127,7 +127,9 @@ def _check_same(folder: Path, options: Options) -> None:
     """A sweep goes on with the same settings, else its runs could not be compared; the values may be others."""
     fixed = [(key, values) if len(values) < 2 else (key, ["..."]) for key, values in options]
     files = {
-        value: Path(value).read_text() for key, (*values,) in fixed if key in ("-c", "--config") for value in values
+        values[0]: Path(values[0]).read_text()
+        for key, values in options
+        if key in ("-c", "--config") and len(values) == 1
     }
     settings = {"options": [" ".join((key, *values)) for key, values in fixed], "configs": files}
     path = folder / "sweep.json"
@@ -147,16 +149,22 @@ def _fit(args: list[str]) -> int:
 
 
 def _wait(command: list[str]) -> int:
-    """Run a command that hears of what this process is asked to do; Ctrl-C on a terminal reaches it by itself."""
+    """Run a command that hears of what this process is asked to do; Ctrl-C on a terminal reaches it by itself.
+
+    Its exit code; that of the first signal if one came, for the command may have been at its end.
+    """
     child = subprocess.Popen(command)
+    heard: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
+        heard.append(number)
         if number != signal.SIGINT:
             child.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in EXIT_CODES}
     try:
-        return child.wait()
+        code = child.wait()
+        return EXIT_CODES[signal.Signals(heard[0])] if heard else code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

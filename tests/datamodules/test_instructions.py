@@ -24,7 +24,7 @@ ROWS = {
     "litgpt without input": ({"instruction": "Hi {}", "input": "", "output": "Oh"}, question("Hi {}"), "Oh"),
     "dolly": ({"instruction": "A?", "context": None, "response": "B"}, question("A?"), "B"),
     "prompt and response": ({"prompt": "A?", "response": " B\n"}, question("A?"), " B\n"),
-    "prompt and completion": ({"prompt": "Q: A?\nA:", "completion": " é"}, "Q: A?\nA:", " é"),
+    "prompt and completion": ({"prompt": "Q: A?\nA:", "completion": " é", "context": "C"}, "Q: A?\nA:", " é"),
     "messages": (
         {"messages": [{"role": role, "content": text} for role, text in (("user", "A?"), ("assistant", "B"))]},
         question("A?"),
