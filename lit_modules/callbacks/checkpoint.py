@@ -80,7 +80,8 @@ class RunCheckpoint(ModelCheckpoint):
         for name in steps.keys() - known if self.save_top_k >= 0 else ():
             if self._has_named(name) and steps[name] < trainer.global_step:
                 trainer.strategy.remove_checkpoint(str(folder / name))
-        if due is not None and self.monitor in due:
+        ours = isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)  # another one can't copy
+        if due is not None and self.monitor in due and ours:
             self._source = folder / resumed
             self._save_topk_checkpoint(trainer, due)
             self._save_last_checkpoint(trainer, due)

@@ -18,7 +18,7 @@ from lit_modules.growth.recipe import Recipe, grow_modules, rehearse
 from lit_modules.growth.stages import Stage, check_order, check_past, check_room
 from lit_modules.growth.structure import freeze
 from lit_modules.modules.base import TokenFormerModule
-from lit_modules.optim.trained import trained_names
+from lit_modules.optim.trained import check_grown
 from lit_modules.runs.length import num_steps
 from lit_modules.strategies.fsdp2 import FSDP2
 from lit_modules.strategies.new_parameters import check_strategy, register_new_parameters
@@ -107,10 +107,9 @@ class GrowParameterTokens(Callback):
             check_order(self.stages, [stage.at_step for stage in self.stages], trainer.max_steps)
         with torch.device("meta"):
             model = pl_module.build_model()
-            old = dict(model.named_parameters())
+            names = set(dict(model.named_parameters()))
             for grown in rehearse(model, self.stages, self.recipe, self.verify):
-                if pl_module.trained != "all" and trained_names(grown, pl_module.trained) <= old.keys():
-                    raise ValueError(f"model.train={pl_module.trained} freezes what growth adds: add '*.segments.1.*'")
+                names = check_grown(grown, names, pl_module.trained)
                 if isinstance(trainer.strategy, FSDP2):
                     check_divisible(grown, trainer.strategy.tensor_parallel_size)
         known = trainer.max_steps > 0 and all(stage.at_step for stage in self.stages)

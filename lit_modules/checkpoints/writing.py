@@ -5,6 +5,7 @@ that ends in `.partial`, brought to the disk, and renamed. A folder has a manife
 files, which is written last; a file is a zip archive, which has its own.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -155,6 +156,9 @@ def copy_checkpoint(source: Path, path: Path, states: dict[str, Any]) -> None:
         files = json.loads((source / MANIFEST).read_text())
         write_manifest(partial, [files, {SHARDED: checksums(partial, 0)[SHARDED]}])
         publish(path)
+    except shutil.Error as error:  # of several files; it hides the system's own
+        discard(partial)
+        raise OSError(errno.EIO, str(error)) from error
     except Exception:
         discard(partial)
         raise

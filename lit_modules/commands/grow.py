@@ -77,6 +77,8 @@ def grow_file(source: Path, out: Path, stage: Stage, recipe: Recipe) -> str:
     checkpoint["growths"] = [*checkpoint.get("growths", []), {"stage": None} | when | record | measured]
     for key, module in zip(keys, modules, strict=True):
         checkpoint[key] = module.state_dict()
+    for optimizer in checkpoint["optimizer_states"] if stage.width is not None else ():
+        optimizer["state"] = {}  # all weights are new
     write_checkpoint(checkpoint, out)
     return _report(record, before[0], after[0], out)
 

@@ -39,6 +39,18 @@ def trained_names(model: nn.Module, train: Train) -> set[str]:
     return found
 
 
+def check_grown(model: nn.Module, before: set[str], train: Train) -> set[str]:
+    """Names of the parameters of a model that has grown, of which some new ones are trained.
+
+    Raises:
+        ValueError: when all of them are frozen.
+    """
+    names = set(dict(model.named_parameters()))
+    if names != before and not trained_names(model, train) & (names - before):
+        raise ValueError(f"model.train={train} freezes what growth adds: add '*.segments.[1-9]*'")
+    return names
+
+
 def _classifier(model: Any) -> nn.ModuleList:
     if not hasattr(model, "get_classifier"):
         raise ValueError("model.train=head: only image models have a classifier; give patterns of parameter names")

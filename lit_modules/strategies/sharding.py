@@ -28,7 +28,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
-    for method in ("loss", "nats_and_entropy"):
+    for method in ("loss", "nats_and_entropy", "forward_features", "forward_head"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
 

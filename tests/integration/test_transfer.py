@@ -111,10 +111,14 @@ def test_features_are_what_timm_gives_before_the_classifier(trained, exported, i
     assert read["probabilities"] == pytest.approx(sorted(probabilities[0].tolist(), reverse=True), abs=1e-6)
 
 
+TWICE = "--trainer.callbacks.init_args.stages=[{at_step: 1, factor: 2.0}, {at_step: 2, factor: 2.0}]"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.train=head"], r"model.train=head freezes what growth adds: add '\*.segments.1.\*'"),
+        (["--model.train=head"], r"model.train=head freezes what growth adds: add '\*.segments.\[1-9\]\*'"),
+        (["--model.train=[head, '*.segments.1.*']", TWICE], r"segments.1.\*'\] freezes what growth adds"),
         (["--model.distill.teacher=COARSE"], r"takes no images of the shape \(3, 16, 16\)"),
     ],
 )
