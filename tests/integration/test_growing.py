@@ -284,3 +284,17 @@ def test_an_exported_model_grows(tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             main(["grow", *arguments])
+
+
+def test_a_baseline_widened_in_its_file_is_trained_on(corpus, tmp_path):
+    config = config_of(tmp_path, corpus)
+    options = ["--trainer.callbacks=[]", "--model.config.baseline=width", "--trainer.val_check_interval=null"]
+    main(fit(config, tmp_path / "run", *options, "--trainer.max_steps=2"))
+    small, wide = checkpoint_of(tmp_path / "run", 2), tmp_path / "wide.ckpt"
+    main(["grow", str(small), "--width", "2", "--out", str(wide)])
+    main(fit(config, tmp_path / "more", *options, "--trainer.max_steps=3", resume=wide))
+    before, after = (torch.load(path, weights_only=True) for path in (wide, checkpoint_of(tmp_path / "more", 3)))
+    shapes = [{name: t.shape for name, t in saved["state_dict"].items()} for saved in (before, after)]
+    assert shapes[0] == shapes[1]
+    (optimizer,) = after["optimizer_states"]
+    assert {float(state["step"]) for state in optimizer["state"].values()} == {1.0}  # it began afresh
