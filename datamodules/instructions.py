@@ -13,7 +13,16 @@ from torch.utils.data import DataLoader
 
 from datamodules.corpus import Corpus, Spec
 from datamodules.examples import Examples, hold_out, parts_of
-from datamodules.loader import IGNORE, Ordered, Stream, StreamDataModule, StreamLoader, loading, rank_and_world_size
+from datamodules.loader import (
+    IGNORE,
+    Ordered,
+    Stream,
+    StreamDataModule,
+    StreamLoader,
+    check_sizes,
+    loading,
+    rank_and_world_size,
+)
 from datamodules.sampler import sample_at
 from datamodules.sources import Source, TextFormat
 from datamodules.tokenizer import VOCAB_SIZES, Tokenizer, load_tokenizer
@@ -127,11 +136,7 @@ class InstructionDataModule(StreamDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"data.{name}={value}: must be at least {least}")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1")
+        check_sizes(seq_len, batch_size, seed, val_fraction)
         if tokenizer == "bpe":
             raise ValueError("data.tokenizer=bpe: a trained model has a tokenizer: give the tokenizer.json beside it")
         self.specs: tuple[Spec | None, ...] = (source, val_source, test_source)

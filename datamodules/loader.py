@@ -178,3 +178,16 @@ def rank_and_world_size(data: LightningDataModule) -> tuple[int, int]:
     """(rank, number of ranks) among those that train on different samples."""
     place = data.trainer.distributed_sampler_kwargs if data.trainer else None
     return (place["rank"], place["num_replicas"]) if place else (0, 1)
+
+
+def check_sizes(seq_len: int, batch_size: int, seed: int, val_fraction: float) -> None:
+    """Refuse settings of a text data module that are too small, and a fraction that is none.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for name, value, least in (("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"data.{name}={value}: must be at least {least}")
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from datamodules.corpus import Corpus, Spec
-from datamodules.loader import StreamDataModule, loading, rank_and_world_size
+from datamodules.loader import StreamDataModule, check_sizes, loading, rank_and_world_size
 from datamodules.mixtures import BLOCK, Joined, repeated, shares_of
 from datamodules.reading import read_text
 from datamodules.sources import TextFormat
@@ -78,11 +78,7 @@ class TextDataModule(StreamDataModule):
         encoding: str = "utf-8",
     ) -> None:
         super().__init__()
-        for name, value, least in (("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"data.{name}={value}: must be at least {least}")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1")
+        check_sizes(seq_len, batch_size, seed, val_fraction)
         if not source:
             raise ValueError(f"data.source={source!r}: give files, a folder, hf:NAME or stdlib")
         # A mapping has no order: one that a run has saved may come in another.

@@ -296,17 +296,8 @@ torch.library.register_fake("tokenformer::attend", _forward_shapes, lib=_LIBRARY
 torch.library.register_fake("tokenformer::attend_backward", _backward_shapes, lib=_LIBRARY)
 
 
-def _forward_or_op(
-    group: ProcessGroup | None,
-    x: Tensor,
-    tau: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    norm_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _as_op(group):
-        return torch.ops.tokenformer.attend(x, tau, keys, values, norm_tokens)
-    return _forward(group, x, tau, keys, values, norm_tokens)
+def _forward_or_op(group: ProcessGroup | None, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.tokenformer.attend(*inputs) if _as_op(group) else _forward(group, *inputs)
 
 
 class _L2NormGELU(torch.autograd.Function):

@@ -12,24 +12,14 @@ from pyarrow.parquet import read_table
 from lit_modules.cli import main
 from lit_modules.modules.vision import VisionModule
 from tests.integration.growing import checkpoint_of, difference, fit
-from tests.integration.tiny import GROW_ONCE, TINY_VISION, rows, write_vision
-from tokenformer import TokenFormerViT, ViTConfig, from_pretrained, save_pretrained
-
-SIZES = TINY_VISION["model"]["init_args"]["config"]
-CONFIG = ViTConfig(**SIZES, num_classes=3)
-NAMES = ["bright", "dark", "grey"]
-INPUT = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+from tests.integration.tiny import GROW_ONCE, rows, write_vision
+from tests.lit_modules.modules.tiny_module import CONFIG, INPUT, export_classifier
+from tokenformer import TokenFormerViT, from_pretrained, save_pretrained
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """The folder of a model for the three classes, whose numbers are other ones than the data's."""
-    folder = tmp_path_factory.mktemp("exported") / "model"
-    torch.manual_seed(1)
-    model = TokenFormerViT(CONFIG)
-    model.pretrained_cfg = INPUT | {"label_names": NAMES[::-1]}
-    save_pretrained(model, folder)
-    return folder
+    return export_classifier(tmp_path_factory.mktemp("exported") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -185,3 +185,14 @@ def test_csv_log_goes_on_and_replaces_what_was_lost(tmp_path):
         rows = list(csv.DictReader(file))
     assert [(int(row["step"]), float(row["loss"])) for row in rows] == [(step, float(step)) for step in range(7)]
     assert [row["accuracy"] for row in rows] == ["", "", "", "1.0", "1.0", "1.0", "1.0"]
+
+
+def test_processes_grow_together_where_their_batches_differ_in_length():
+    """By what the first has counted: one that grew alone would wait for the others for ever."""
+    callback, counter = GrowParameterTokens(stages=[{"at_tokens": 100, "factor": 2.0}]), Throughput()
+    counter.tokens = 90
+    first = SimpleNamespace(broadcast=lambda due: True)
+    trainer = SimpleNamespace(callbacks=[counter], strategy=first, datamodule=object())
+    for per_batch, due in ((None, True), (64, False)):
+        module = SimpleNamespace(tokens_per_batch=lambda data, per_batch=per_batch: per_batch)
+        assert callback._is_due(callback.stages[0], trainer, module) is due

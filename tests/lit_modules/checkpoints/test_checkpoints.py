@@ -2,9 +2,11 @@
 
 import errno
 import os
+import shutil
 import signal
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,6 +207,11 @@ def test_a_copy_is_whole_or_not_there_and_has_other_states(tmp_path, write, monk
         assert find_corruption(path) is None
         head = torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True)
         assert head["callbacks"] == {"a": 1, "b": value}
+    if write is write_folder:  # whose files are copied by one call, with one error for all
+        monkeypatch.setattr("shutil.copytree", partial(shutil.copytree, copy_function=full))
+        with pytest.warns(UserWarning, match=r"c.ckpt could not be written: .*No space left"):
+            io.copy_checkpoint(tmp_path / "a.ckpt", tmp_path / "c.ckpt", {})
+        monkeypatch.undo()
     monkeypatch.setattr("os.fsync", full)
     with pytest.warns(UserWarning, match=r"c.ckpt could not be written: No space left"):
         io.copy_checkpoint(tmp_path / "a.ckpt", tmp_path / "c.ckpt", {})

@@ -12,23 +12,15 @@ from torch.nn import functional as F
 from lit_modules.modules.distillation import Distillation, Teacher
 from lit_modules.modules.vision import VisionModule
 from lit_modules.optim.config import OptimConfig
-from tests.lit_modules.modules.tiny_module import CONFIG, module
-from tokenformer import TokenFormerViT, from_pretrained, save_pretrained
+from tests.lit_modules.modules.tiny_module import CONFIG, INPUT, NAMES, export_classifier, module
+from tokenformer import from_pretrained
 
-NAMES = ["bright", "dark", "grey"]
-INPUT = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 DATA = SimpleNamespace(**INPUT, image_size=16, class_names=NAMES)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """The folder of a model for the three classes, whose numbers are other ones than the data's."""
-    folder = tmp_path_factory.mktemp("exported") / "model"
-    torch.manual_seed(1)
-    model = TokenFormerViT(CONFIG)
-    model.pretrained_cfg = INPUT | {"label_names": NAMES[::-1]}
-    save_pretrained(model, folder)
-    return folder
+    return export_classifier(tmp_path_factory.mktemp("exported") / "model")
 
 
 @pytest.fixture(scope="module")
