@@ -37,6 +37,7 @@ DDP = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=2"]
 FSDP2 = ["--trainer.strategy=fsdp2", "--trainer.devices=2", "--data.batch_size=2"]
 FULL = ["--trainer.strategy.class_path=FSDP2", "--trainer.strategy.save_distributed_checkpoint=false", *FSDP2[1:]]
 ASYNCHRONOUS = ["--checkpoint.asynchronous=true"]
+MUON = ["--model.optim.name=muon"]
 PLATEAU = [{"on_plateau": {"patience": n, "min_delta": 1.0}, "factor": 2.0} for n in (2, 4)]
 TOKENS = [{"at_tokens": 600, "factor": 2.0}, {"at_tokens": 2000, "ffn": 100}]
 
@@ -60,7 +61,9 @@ CASES = {
         [*DDP, *ASYNCHRONOUS, *EMA, "--trainer.accumulate_grad_batches=2", "--trainer.precision=bf16-mixed"],
         {},
     ),
+    "Muon, anchored": (1, MUON, {"init": "anchored"}),
     "FSDP2": (2, FSDP2, {}),
+    "FSDP2, Muon, anchored": (2, [*FSDP2, *MUON], {"init": "anchored"}),
     "FSDP2, full checkpoints, EMA": (2, [*FULL, *EMA], {}),
 }
 
