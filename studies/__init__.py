@@ -1,0 +1,1 @@
+"""What is asked of many small trainings: each study is a YAML, a function and a CSV file."""

@@ -1,0 +1,67 @@
+"""AdamW or Muon, for the TokenFormer and for its Transformer twin of as many parameters, each at its own best rate.
+
+Tasks: `bytes` of Python's standard library, the loss in nats a byte; scikit-learn's `digits` and `cifar`, 5,000 images
+of CIFAR-10 in a folder, the share of validation images that are named wrong.
+
+The time of a training is that of its process on one core, data and validation left out.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from datamodules.images import ImageDataModule
+from studies.training import ready, text, train, validation_loss
+from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig
+
+BATCH_SIZE = {"bytes": 12, "digits": 64, "cifar": 64}
+SEQ_LEN = 128
+CIFAR = "../shared/data/images/cifar10"
+IMAGES = {
+    "digits": {"source": "digits", "image_size": 8, "crop": "none", "crop_pct": 1.0, "hflip": 0.0},
+    "cifar": {"source": CIFAR, "image_size": 32, "crop": "padded", "crop_pct": 1.0},
+}
+PATCH_SIZE = {"digits": 2, "cifar": 4}
+# By parameters, roughly, in the language model: depth, channels, heads; N = D, and 4 D in the feed-forward layer.
+SIZES = {"0.3M": (4, 64, 4), "0.6M": (4, 96, 4), "1M": (4, 128, 4), "10M": (6, 320, 5)}
+
+
+def run(task: str, size: str, model: str, optimizer: str, steps: int, lr: float, seed: int) -> dict[str, Any]:
+    """Train one model; the figures of its row."""
+    torch.manual_seed(seed)
+    depth, dim, heads = SIZES[size]
+    sizes: dict[str, Any] = {"depth": depth, "dim": dim, "num_heads": heads, "init": "scaled", "scale": "learned"}
+    sizes |= {"qkv_tokens": dim, "proj_tokens": dim, "ffn_tokens": 4 * dim}
+    sizes |= {"baseline": "parameters"} if model == "transformer" else {}
+    if task == "bytes":
+        data: Any = text(SEQ_LEN, BATCH_SIZE[task], seed)
+        net: Any = TokenFormerLM(LMConfig(vocab_size=data.vocab_size, max_seq_len=SEQ_LEN, **sizes))
+        loss_of = net.loss
+    else:
+        data = ready(ImageDataModule(**IMAGES[task], batch_size=BATCH_SIZE[task], num_workers=0, seed=seed))  # type: ignore[arg-type]
+        shape = {"image_size": data.image_size, "patch_size": PATCH_SIZE[task], "num_classes": len(data.class_names)}
+        net = TokenFormerViT(ViTConfig(**shape, pool="avg", position="learned", **sizes))
+
+        def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(net(images), labels, label_smoothing=0.1)
+
+    start = time.process_time()
+    train(net, data, loss_of, optimizer, lr, steps)
+    seconds = time.process_time() - start
+    net.eval()
+    loss = validation_loss(net, text(SEQ_LEN, BATCH_SIZE[task], 0)) if task == "bytes" else error_rate(net, data)
+    return {"params": net.num_params(), "loss": loss, "cpu_seconds": round(seconds)}
+
+
+@torch.no_grad()
+def error_rate(model: TokenFormerViT, data: ImageDataModule) -> float:
+    """The share of validation images that are named wrong, in per cent."""
+    wrong = count = 0
+    for images, labels, places in data.val_dataloader():
+        real = places >= 0  # the others fill up a batch
+        wrong += int((model(images).argmax(-1) != labels)[real].sum())
+        count += int(real.sum())
+    return 100 * wrong / count

@@ -1,0 +1,136 @@
+"""The cells of a study, each at its own best learning rate and with several seeds: a row each, several at a time."""
+
+import csv
+import importlib
+import itertools
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.harness import machine, write_rows
+
+FOLDER = Path(__file__).parent
+
+Settings = dict[str, Any]
+Row = dict[str, Any]
+
+
+class Study:
+    """The rows of `results/NAME.csv`, and how those are measured that it lacks.
+
+    The YAML file has `run`, a module of this package whose function `run` takes a cell's settings, `lr` and `seed` and
+    returns a row's figures, `loss` among them; `seeds`, their number; and `cells`, each a product of its lists. A cell
+    has either an `lr`, or an `lr_near`: there the search for the best rate begins, with seed 0 and in steps of two,
+    until one is better than both of its neighbours. The other seeds are run at that one.
+
+    Args:
+        name: of the study.
+        folder: where its YAML and its results are.
+    """
+
+    def __init__(self, name: str, folder: Path = FOLDER) -> None:
+        path = folder / f"{name}.yaml"
+        if not path.exists():
+            known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            raise ValueError(f"there is no study {name!r}: choose one of {known}")
+        spec = yaml.safe_load(path.read_text())
+        self.name, self.module, self.seeds = name, f"studies.{spec['run']}", spec["seeds"]
+        self.cells = [cell for product in spec["cells"] for cell in expand(product)]
+        self.columns = list(dict.fromkeys(name for cell in self.cells for name in cell if name != "lr_near"))
+        self.columns = [name for name in self.columns if name != "lr"] + ["lr", "seed"]
+        self.path = folder / "results" / f"{name}.csv"
+        self.rows: list[Row] = list(csv.DictReader(self.path.open(newline=""))) if self.path.exists() else []
+        self._writing = threading.Lock()
+
+    def measure(self, jobs: int = 1) -> None:
+        """Measure what is missing, `jobs` trainings at a time."""
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        with (
+            ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as processes,
+            ThreadPoolExecutor(jobs) as searches,
+        ):
+            for done in [searches.submit(self._measure_cell, cell, processes) for cell in self.cells]:
+                done.result()
+
+    def _measure_cell(self, cell: Settings, processes: ProcessPoolExecutor) -> None:
+        settings = {name: value for name, value in cell.items() if name not in ("lr", "lr_near")}
+
+        def loss(lr: float, seed: int) -> float:
+            wanted = {**settings, "lr": f"{lr:g}", "seed": seed}
+            row = (
+                self.find(wanted)
+                or processes.submit(_timed, self.module, {**settings, "lr": lr, "seed": seed}).result()
+            )
+            if "seconds" in row and row not in self.rows:
+                self._add(wanted | row)
+            return float(row["loss"]) if math.isfinite(float(row["loss"])) else math.inf
+
+        best = cell["lr"] if "lr" in cell else search(lambda lr: loss(lr, 0), cell["lr_near"])
+        for seed in range(self.seeds):
+            loss(best, seed)
+
+    def _add(self, row: Row) -> None:
+        with self._writing:
+            self.rows.append({name: str(value) for name, value in row.items()})
+            write_rows(self.path, self.rows)
+            shown = ", ".join(f"{name} {row[name]}" for name in self.columns if row.get(name, "") != "")
+            print(f"{shown}: {row['loss']} in {row['seconds']} s", flush=True)
+
+    def find(self, wanted: Mapping[str, Any]) -> Row | None:
+        """The row with these settings."""
+        for row in self.rows:
+            if all(row.get(name, "") == str(wanted.get(name, "")) for name in self.columns):
+                return row
+        return None
+
+    def best(self, **some: Any) -> list[Row]:
+        """The rows of the one cell with these settings, among others, at its best rate; one a seed, all seeds or none.
+
+        Raises:
+            ValueError: when the settings fit more than one cell.
+        """
+        rows = [row for row in self.rows if all(row.get(name, "") == str(value) for name, value in some.items())]
+        others = [name for name in self.columns if name not in (*some, "lr", "seed")]
+        if len({tuple(row.get(name, "") for name in others) for row in rows}) > 1:
+            raise ValueError(f"{some} fit more than one cell: give {', '.join(others)} too")
+        by_rate = {row["lr"]: [r for r in rows if r["lr"] == row["lr"]] for row in rows}
+        complete = [found for found in by_rate.values() if len(found) == self.seeds]
+        return min(complete, key=lambda found: float(found[0]["loss"]), default=[])
+
+
+def expand(product: Settings) -> Iterator[Settings]:
+    """Each choice of one from every list: {a: [1, 2], b: 3} -> {a: 1, b: 3}, {a: 2, b: 3}."""
+    lists = [value if isinstance(value, list) else [value] for value in product.values()]
+    for chosen in itertools.product(*lists):
+        yield dict(zip(product, chosen, strict=True))
+
+
+def search(loss: Any, near: float) -> float:
+    """The rate that is better than half of it and twice it, from `near` on in steps of two."""
+    tried: dict[float, float] = {}
+    best = near
+    while True:
+        for lr in (best, best / 2, best * 2):
+            if lr not in tried:
+                tried[lr] = loss(lr)
+        lowest = min(tried, key=lambda lr: tried[lr])
+        if lowest == best:
+            return best
+        best = lowest
+
+
+def _timed(module: str, settings: Settings) -> Row:
+    start = time.perf_counter()
+    row: Row = importlib.import_module(module).run(**settings)
+    figures = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()}
+    where = {name: value for name, value in machine().items() if name in ("cpu", "accelerator", "torch")}
+    return figures | {"seconds": round(time.perf_counter() - start)} | where

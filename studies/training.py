@@ -1,0 +1,87 @@
+"""The plain loop of all studies: the suite's models, data, optimizers and schedules, without Lightning."""
+
+from collections.abc import Callable
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datamodules.loader import StreamDataModule
+from datamodules.text import TextDataModule
+from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.groups import make_optimizer, param_groups
+from lit_modules.optim.schedule import lr_scheduler
+from tokenformer import TokenFormerLM
+from tokenformer.backbone import block_matrices
+
+
+@cache
+def text(seq_len: int, batch_size: int, seed: int) -> TextDataModule:
+    """Bytes of Python's standard library, in the order of a seed."""
+    return ready(TextDataModule(seq_len=seq_len, batch_size=batch_size, seed=seed))
+
+
+def ready(data: Any) -> Any:
+    """The data module, once its data are there."""
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def train(
+    model: nn.Module,
+    data: StreamDataModule,
+    loss_of: Callable[..., Tensor],
+    optimizer_name: str,
+    lr: float,
+    steps: int,
+    *,
+    skip: int = 0,
+    state: dict[str, Any] | None = None,
+    before_step: Callable[[int], None] = lambda step: None,
+    precision: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Warm-up over a tenth of the steps, cosine to a tenth of the rate, gradients clipped to 1; returns the optimizer's
+    state.
+
+    Args:
+        model: what is trained, in place.
+        data: its batches, as many epochs as it takes.
+        loss_of: of a batch.
+        optimizer_name: adamw or muon.
+        lr: peak.
+        steps: their number.
+        skip: batches that were trained on before.
+        state: of the optimizer that trained the model so far; of new parameters it knows nothing. None: afresh.
+        before_step: called with the number of each step before it.
+        precision: of matrix products, by autocast.
+    """  # noqa: D205
+    config = OptimConfig(name=optimizer_name, lr=lr, warmup_steps=max(1, steps // 10))  # type: ignore[arg-type]
+    muon = block_matrices(model) if optimizer_name == "muon" else None
+    optimizer = make_optimizer(param_groups(model, config.weight_decay, muon=muon), config)
+    if state is not None:
+        optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            group |= {"lr": lr, "initial_lr": lr}
+    scheduler = lr_scheduler(optimizer, config, steps)
+    loader = data.train_dataloader()
+    batches = (batch for _ in iter(int, 1) for batch in loader)
+    for step, batch in enumerate(islice(batches, skip, skip + steps)):
+        before_step(step)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = loss_of(*batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    return optimizer.state_dict()
+
+
+@torch.no_grad()
+def validation_loss(model: TokenFormerLM, data: TextDataModule, num_batches: int = 40) -> float:
+    """Nats a byte on held-out text."""
+    batches = islice(data.val_dataloader(), num_batches)
+    return float(torch.stack([model.nats_and_entropy(*batch)[0].mean() for batch in batches]).mean())

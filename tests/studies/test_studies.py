@@ -1,0 +1,140 @@
+"""The runner of studies, by a study of a function that is known, and the kinds of growth that only a study has."""
+
+import csv
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from studies.growth import SIZES, add_tokens, build
+from studies.runner import FOLDER, Study, expand, search
+from tokenformer.growth import pattention_layers
+from tokenformer.pattention import Pattention
+
+CELLS = [{"kind": ["a", "b"], "lr_near": 1.0}, {"kind": "c", "lr": 0.5}]
+
+
+class InThisProcess:
+    """In place of the pool of processes."""
+
+    def submit(self, function, *arguments):
+        return SimpleNamespace(result=lambda: function(*arguments))
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Loss over rate is a parabola whose least is at 4 for a and at 1/2 for b; c never ends well."""
+    least = {"a": 2.0, "b": -1.0}
+    trained = []
+
+    def run(kind, lr, seed):
+        trained.append((kind, lr, seed))
+        return {"loss": math.nan if kind == "c" else (math.log2(lr) - least[kind]) ** 2 + seed}
+
+    monkeypatch.setitem(sys.modules, "studies.parabola", SimpleNamespace(run=run))
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({"run": "parabola", "seeds": 3, "cells": CELLS}))
+
+    def go():
+        trained.clear()
+        study = Study("toy", tmp_path)
+        for cell in study.cells:
+            study._measure_cell(cell, InThisProcess())
+        return study, trained
+
+    return go
+
+
+def test_each_cell_is_run_at_its_best_rate_with_all_seeds(study):
+    made, trained = study()
+    assert [row["lr"] for row in made.best(kind="a")] == ["4", "4", "4"]
+    assert [float(row["loss"]) for row in made.best(kind="a")] == [0, 1, 2]
+    assert {row["lr"] for row in made.best(kind="b")} == {"0.5"}
+    assert {lr for kind, lr, seed in trained if kind == "a" and seed == 0} == {0.5, 1, 2, 4, 8}
+    assert [(lr, seed) for kind, lr, seed in trained if kind == "c"] == [(0.5, 0), (0.5, 1), (0.5, 2)]
+    with pytest.raises(ValueError, match="fit more than one cell: give kind too"):
+        made.best(lr="1")
+
+
+def test_rows_that_are_there_are_not_measured_again(study, tmp_path):
+    study()
+    path = tmp_path / "results" / "toy.csv"
+    whole = path.read_text()
+    rows = list(csv.DictReader(path.open()))
+    assert study()[1] == []
+    assert path.read_text() == whole
+    path.write_text("".join(whole.splitlines(keepends=True)[:-1]))  # stopped before the last one
+    _, trained = study()
+    assert [(kind, f"{lr:g}", str(seed)) for kind, lr, seed in trained] == [
+        tuple(rows[-1][n] for n in ("kind", "lr", "seed"))
+    ]
+    assert Study("toy", tmp_path).best(kind="a")
+
+
+def test_a_cell_is_a_choice_of_each_list():
+    assert list(expand({"a": [1, 2], "b": 3, "c": [4, 5]})) == [
+        {"a": a, "b": 3, "c": c} for a in (1, 2) for c in (4, 5)
+    ]
+    assert search(lambda lr: abs(math.log2(lr / 1e-3)), 1.6e-2) == 1e-3
+    with pytest.raises(ValueError, match="there is no study 'nothing': choose one of .*growth"):
+        Study("nothing")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_rows_are_those_of_the_cells(name):
+    """Each row that is stored is one of a cell, once, and each cell has either a rate or a place to begin at."""
+    study = Study(name)
+    assert all(("lr" in cell) != ("lr_near" in cell) for cell in study.cells)
+    settings = [
+        {column: str(cell.get(column, "")) for column in study.columns if column not in ("lr", "seed")}
+        for cell in study.cells
+    ]
+    for row in study.rows:
+        assert {column: row[column] for column in settings[0]} in settings
+    keys = [tuple(row[column] for column in study.columns) for row in study.rows]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("kind", ["gate", "gram", "anchored", "raised"])
+def test_what_a_kind_of_growth_does(kind):
+    """All but `raised` change nothing; a gate that is open is a layer with one norm and a larger tau."""
+    model = build("small", 0).double()
+    for layer in pattention_layers(model).values():  # trained ones are not alike
+        layer.segments[0].keys.data *= torch.linspace(0.5, 2, layer.in_features)
+    x = torch.randint(0, 257, (2, 96))
+    before = model(x)
+    gates = add_tokens(model, kind, "matched", 4, seed=0)
+    after = model(x)
+    assert torch.allclose(after, before, atol=1e-9) == (kind != "raised")
+    layer = next(iter(pattention_layers(model).values()))
+    old, new = layer.segments
+    assert len(new.keys) == 3 * SIZES["small"]["qkv_tokens"]
+    x = torch.randn(5, layer.in_features, dtype=torch.double)
+    if kind == "gram":
+        assert torch.allclose((x @ new.keys.T).norm(dim=1), math.sqrt(3) * (x @ old.keys.T).norm(dim=1))
+    if kind == "gate":
+        torch.nn.init.normal_(new.values)
+        gates[0].weight = 1.0
+        opened = layer(x)
+        new.norm_weight = None
+        layer.tau *= 2
+        assert torch.allclose(opened, Pattention.forward(layer, x))
+    if kind == "raised":
+        assert layer.tau.item() == pytest.approx(2 * math.sqrt(old.num_tokens))
+
+
+def test_keys_of_each_kind_have_their_size():
+    def new_keys(keys):
+        model = build("small", 0)
+        add_tokens(model, "anchored", keys, 8, seed=0)
+        layer = model.backbone.blocks[0].attention.query
+        return layer, layer.segments[0].keys, layer.segments[1].keys
+
+    layer, old, new = new_keys("key_std")
+    assert new.std().item() == pytest.approx(layer.key_std, rel=0.05)
+    _, old, new = new_keys("2 rms")
+    assert new.std().item() == pytest.approx(2 * old.square().mean().sqrt().item(), rel=0.05)
+    _, old, new = new_keys("channels")
+    assert torch.corrcoef(torch.stack((new.std(0), old.std(0))))[0, 1] > 0.8
