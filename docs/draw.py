@@ -1,4 +1,4 @@
-"""Draws the pictures of the README and of docs/: Pattention, a growth, and the quickstart's loss.
+"""Draws the pictures of the README and of docs/: Pattention, growths, and the quickstart's loss.
 
     python docs/draw.py
 
@@ -18,7 +18,7 @@ STYLE = """<style>
 text { font: 13px system-ui, sans-serif; fill: #24292f } .small { font-size: 11px } .math { font-style: italic }
 .line { stroke: #57606a; fill: none } .old { fill: #6f8fbf } .new { fill: #e08a2e } .data { fill: #8aa88a }
 .a { stroke: #1f6feb; fill: none; stroke-width: 2 } .b { stroke: #8c959f; fill: none; stroke-width: 2 }
-.grid { stroke: #d0d7de; fill: none } .mark { stroke: #e08a2e; stroke-dasharray: 4 3 }
+.grid { stroke: #d0d7de; fill: none } .empty { stroke: #e08a2e; fill: none } .mark { stroke: #e08a2e; stroke-dasharray: 4 3 }
 @media (prefers-color-scheme: dark) {
 text { fill: #e6edf3 } .line { stroke: #8b949e } .grid { stroke: #30363d }
 .a { stroke: #58a6ff } .b { stroke: #6e7681 } }
@@ -90,6 +90,37 @@ def pattention() -> str:
     return svg(560, 380, "Pattention before and after a growth", parts)
 
 
+def anchored() -> str:
+    """Where the scores of anchored tokens go: under the old norm, of which they are no part."""
+    old, new = 5, 3
+    x, y = 20, 62
+    upper, lower = y + 7 * old, y + 14 * old + 7 * new
+    parts = [
+        text(x, 24, "Anchored growth: new scores are divided by the norm of the old ones", "", "start"),
+        *rows(x, (upper + lower) / 2 - 7, 60, 1, "data"),
+        text(x + 30, (upper + lower) / 2 - 17, "x", "math"),
+        arrow(x + 66, (upper + lower) / 2, x + 92),
+        *matrix(x + 98, y, 60, old, new, "keys", "random, matched"),
+        arrow(x + 164, upper, x + 190),
+        arrow(x + 164, lower, x + 190),
+        *(box(x + 194, middle - 15, 128, 30, "grid") for middle in (upper, lower)),
+        text(x + 258, upper + 4, "gelu( τ A / |A| )", "math"),
+        text(x + 258, lower + 4, "gelu( τ A' / |A| )", "math"),
+        f'<path class="mark line" d="M{x + 258} {upper + 16}V{lower - 16}"/>',
+        text(x + 266, (upper + lower) / 2 + 4, "|A|", "math small", "start"),
+        arrow(x + 326, upper, x + 352),
+        arrow(x + 326, lower, x + 352),
+        *rows(x + 358, y, 60, old, "old"),
+        *(box(x + 358.5, y + 14 * i + 0.5, 59, 10, "empty") for i in range(old, old + new)),
+        text(x + 388, y - 10, "values", "math"),
+        text(x + 388, y + 14 * (old + new) + 14, "zero at first", "small"),
+        arrow(x + 424, (upper + lower) / 2, x + 450),
+        *rows(x + 456, (upper + lower) / 2 - 7, 60, 1, "data"),
+        text(x + 486, (upper + lower) / 2 - 17, "out", "math"),
+    ]
+    return svg(560, 208, "New tokens under the norm of the old ones", parts)
+
+
 def read(name: str) -> list[tuple[float, float]]:
     """(step, loss) of a run."""
     with (DOCS / "quickstart" / name).open(newline="") as file:
@@ -135,7 +166,7 @@ def quickstart() -> str:
     return svg(640, 300, "The quickstart's loss with two growths, beside the same model that does not grow", parts)
 
 
-PICTURES = {"pattention.svg": pattention, "quickstart.svg": quickstart}
+PICTURES = {"pattention.svg": pattention, "anchored.svg": anchored, "quickstart.svg": quickstart}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():
