@@ -36,6 +36,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 from torchmetrics.classification import BinaryAUROC
+from tqdm import tqdm
 
 from lit_modules.commands.export import new_folder
 from lit_modules.commands.inspect_inputs import Batch, Images, Texts
@@ -146,8 +147,8 @@ def inspect(
         if text is None:
             raise ValueError(f"--images {images}: {source} is a language model: give --text FILE")
         data = Texts(model, source, text, tokenizer)
-    elif images is None:
-        raise ValueError(f"--text {text}: {source} is an image model: give --images FOLDER")
+    elif images is None or tokenizer is not None:
+        raise ValueError(f"--text, --tokenizer: {source} is an image model: give --images FOLDER alone")
     else:
         data = Images(model, source, images)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -157,7 +158,7 @@ def inspect(
     sums = {part: torch.zeros(len(data.kinds), 3, dtype=torch.float64) for part in ("nothing", *silent)}
     beginning: Rows = []
     with new_folder(out) as folder, torch.no_grad():
-        for given in data.batches():
+        for given in tqdm(data.batches(), "inspect", unit=" batches", disable=None):  # off where nobody looks
             batch = Batch(*(part.to(device) for part in given))
             with watching(model, found, batch.places):
                 scored = data.score(batch)
@@ -279,8 +280,8 @@ def _summary(segments: list[SeenSegment], losses: Rows, judged: Judged) -> str:
     total = {name: sum(seen.row[name] for seen in segments) for name in ("tokens", "dead", "universal")}
     fires = sum(seen.row["fires"] * seen.row["tokens"] for seen in segments) / total["tokens"]
     lines = [
-        f"{total['tokens']:,} parameter tokens: one fires at {fires:.1%} of the inputs in the mean, {total['dead']:,} are "
-        f"dead, {total['universal']:,} universal"
+        f"{total['tokens']:,} parameter tokens, {total['dead']:,} of them dead, {total['universal']:,} universal; "
+        f"in the mean one fires at {fires:.1%} of the inputs"
     ]
     if losses:
         whole = losses[0]

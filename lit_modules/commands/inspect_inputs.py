@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,6 +36,7 @@ from tokenformer.inspection import Scored, scored
 
 BATCH_INPUTS = 4096  # about so many inputs of a layer at a time
 READ_CHARACTERS = 2**20  # of a text, at a time
+SHOWN_PIXELS = 96  # side of a small image on the page
 BEFORE, AFTER = 40, 10  # tokens shown around one that fires a token
 PRIVATE = 0xF0000  # the first of 0x1FFFE characters that no text has
 WORD = re.compile(rf"[\w{chr(PRIVATE)}-{chr(0x10FFFF)}]+")
@@ -85,7 +87,7 @@ class Texts:
         counts = np.zeros(self.choices, dtype=np.int64)
         for start in range(0, len(self.ids), READ_CHARACTERS):
             counts += np.bincount(self.ids[start : start + READ_CHARACTERS], minlength=self.choices)
-        order = np.argsort(-counts, kind="stable")
+        order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
         self.frequent, self.rare = (
             set(ids[counts[ids].cumsum() <= share * len(self.ids)].tolist())
             for ids, share in ((order, 0.5), (order[::-1], 0.1))
@@ -215,7 +217,8 @@ class Images:
 
     def score(self, batch: Batch) -> Scored:
         """What the model predicts for the images that count."""
-        pooled = self.model.forward_head(self.model.forward_features(batch.inputs), pre_logits=True)
+        images = batch.inputs.to(self.model.patch_embed.proj.weight)
+        pooled = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
         return scored(pooled[batch.rows], self.model.head, batch.targets)
 
     def described(self, batch: Batch) -> list[dict[str, Any]]:
@@ -234,15 +237,18 @@ class Images:
         image, row, column = self._patch(place)
         return {"file": printable(self.data.file_of("predict", image)), "row": row, "column": column}
 
-    def picture(self, place: int) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
-        """The image at a place, and the patch in it: left, top, width, height; all of it for the class token."""
+    def picture(self, place: int) -> Image.Image:
+        """The image at a place, with a frame around the patch; around all of it for the class token."""
         image, row, column = self._patch(place)
-        pixels = self.data.image_of("predict", image).permute(1, 2, 0).numpy()  # (S, S, C)
-        if row is None or column is None:
-            return pixels, (0, 0, self.size, self.size)
-        return pixels, (column * self.patch, row * self.patch, self.patch, self.patch)
+        pixels = self.data.image_of("predict", image).permute(1, 2, 0).squeeze(-1).numpy()  # (S, S) or (S, S, 3)
+        times = max(1, SHOWN_PIXELS // self.size)
+        shown = Image.fromarray(pixels).convert("RGB").resize((times * self.size,) * 2, Image.Resampling.NEAREST)
+        x, y, side = (0, 0, self.size) if row is None else (column * self.patch, row * self.patch, self.patch)
+        corners = (times * x, times * y, times * (x + side) - 1, times * (y + side) - 1)
+        ImageDraw.Draw(shown).rectangle(corners, outline="#e07b00", width=2)
+        return shown
 
-    def _patch(self, place: int) -> tuple[int, int | None, int | None]:
+    def _patch(self, place: int) -> tuple[int, Any, Any]:
         image, token = divmod(place, self.num_tokens)
         patch = token - self.model.num_prefix_tokens
         return (image, *divmod(patch, self.size // self.patch)) if patch >= 0 else (image, None, None)

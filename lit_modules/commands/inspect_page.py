@@ -8,6 +8,7 @@ import re
 from base64 import b64encode
 from collections.abc import Callable
 from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor
 
 from lit_modules.commands.inspect_inputs import Images, Texts
@@ -30,7 +31,7 @@ PAGE = """<!DOCTYPE html>
 body {{ font: 15px/1.45 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #111 }}
 table {{ border-collapse: collapse; font-size: 13px; margin: 1em 0 }}
 th, td {{ padding: 2px 8px; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child, td:first-child {{ text-align: left }}
+th:first-child, td:first-child {{ text-align: left; white-space: nowrap }}
 img {{ max-width: 100% }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px }}
 b {{ background: #ffd76e }}
@@ -90,26 +91,28 @@ def write_page(
 
     def picture(name: str, figure: Figure) -> str:
         figure.savefig(folder / name, dpi=110)
-        return f'<img alt="{name}" src="data:image/png;base64,{b64encode((folder / name).read_bytes()).decode()}">'
+        return _inlined(name, (folder / name).read_bytes())
 
     sections = [
         "<h2>How often parameter tokens fire</h2>",
-        "<p>The tokens of each layer in the order of how often they fire: the share of inputs with a score above 0. "
-        "Dark curves are of the first blocks, bright ones of the last; dashed ones of what growths added.</p>",
+        "<p>The tokens of each layer by how often they fire: the share of inputs with a score above 0. Dark curves are "
+        "of the first blocks, bright ones of the last; dashed ones of what growths added.</p>",
         picture("firing.png", _panels(segments, _draw_firing)),
         "<h2>How keys lie</h2>",
         "<p>Angles between all pairs of keys of a segment; black: as many random vectors, which are almost at right "
         "angles: 90° ± 57°/√D. Effective rank: exp of the singular values' entropy (Roy and Vetterli, 2007).</p>",
         picture("angles.png", _panels(segments, _draw_angles)),
+        "<details><summary>each segment of each layer: segments.csv</summary>",
         _table([seen.row | {"layer": _short(seen.row["layer"])} for seen in segments]),
+        "</details>",
         "<h2>What fires a token</h2>",
         "<p>Of each feed-forward the tokens whose largest weight is the most times their mean one, and the inputs with "
         "their largest weights; those of all tokens are in contexts.csv.</p>",
     ]
-    if isinstance(data, Images):
-        sections.append(picture("patches.png", _draw_patches(examples, data)))
-    else:
-        sections += [_contexts(seen, n, data) for seen, n in examples]
+    for seen, n in examples:
+        places = [place for place in seen.places[n].tolist() if place >= 0]
+        inputs = _patches(places, data) if isinstance(data, Images) else _contexts(places, data)
+        sections += [f"<h4>{escape(_label(seen, n))}</h4>", inputs]
     if losses:
         sections += [
             "<h2>Does it know that it guesses?</h2>",
@@ -157,12 +160,25 @@ def _short(layer: str) -> str:
     return re.sub(r".*blocks\.", "block ", layer).replace(".attention.", " ").replace(".", " ")
 
 
-def _contexts(seen: SeenSegment, n: int, data: Texts) -> str:
-    contexts = [data.context(place) for place in seen.places[n].tolist() if place >= 0]
-    lines = (
-        f"{escape(c['before'])}<b>{escape(c['token'])}</b>{escape(c['after'])}".replace("\n", "↵") for c in contexts
-    )
-    return f"<h4>{escape(_label(seen, n))}</h4><pre>{chr(10).join(lines)}</pre>"
+def _contexts(places: list[int], data: Texts) -> str:
+    contexts = ([escape(data.context(place)[name]) for name in ("before", "token", "after")] for place in places)
+    lines = (f"{before}<b>{token}</b>{after}".replace("\n", "↵") for before, token, after in contexts)
+    return f"<pre>{chr(10).join(lines)}</pre>"
+
+
+def _patches(places: list[int], data: Images) -> str:
+    pictures = [data.picture(place) for place in places]
+    side = pictures[0].width
+    strip = Image.new("RGB", ((side + 4) * len(pictures), side), "white")
+    for i, picture in enumerate(pictures):
+        strip.paste(picture, ((side + 4) * i, 0))
+    content = BytesIO()
+    strip.save(content, "png")
+    return _inlined("patches", content.getvalue())
+
+
+def _inlined(name: str, png: bytes) -> str:
+    return f'<img alt="{name}" src="data:image/png;base64,{b64encode(png).decode()}">'
 
 
 def _marked(row: dict[str, Any]) -> str:
@@ -174,7 +190,7 @@ def _marked(row: dict[str, Any]) -> str:
 def _panels(segments: list[SeenSegment], draw: Callable[[Axes, SeenSegment, dict[str, Any]], None]) -> Figure:
     """A panel of each kind of layer with a curve of each segment."""
     kinds = list(dict.fromkeys(seen.row["layer"].rpartition(".")[2] for seen in segments))
-    figure = Figure(figsize=(2.6 * len(kinds), 2.8), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(kinds), 2.8))
     panels = dict(zip(kinds, figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], strict=True))
     depth, colours = len({seen.row["layer"] for seen in segments}) / len(kinds), matplotlib.colormaps["viridis"]
     blocks = dict.fromkeys(kinds, -1)
@@ -186,6 +202,7 @@ def _panels(segments: list[SeenSegment], draw: Callable[[Axes, SeenSegment, dict
     for kind, axes in panels.items():
         axes.set_title(kind, fontsize="medium")
         axes.label_outer()
+    figure.subplots_adjust(0.06, 0.17, 0.99, 0.9, 0.06)  # an automatic layout takes twice as long
     return figure
 
 
@@ -207,38 +224,16 @@ def _draw_angles(axes: Axes, seen: SeenSegment, look: dict[str, Any]) -> None:
 
 
 def _draw_calibration(rows: Rows) -> Figure:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    named = ("confidence", "probability of the likeliest"), ("entropy", "entropy over that of a guess")
-    for axes, (by, name) in zip(figure.subplots(1, 2, sharey=True), named, strict=True):
-        x, y, sizes = np.array(
-            [(row["mean"], row["accuracy"], row["predictions"]) for row in rows if row["by"] == by]
-        ).T
-        axes.scatter(x, y, 10 + 300 * sizes / sizes.sum(), color="#1f4e9e", alpha=0.6)
+    figure = Figure(figsize=(9, 3.6))
+    named = {"confidence": "probability of the likeliest", "entropy": "entropy over that of a guess"}
+    for axes, (by, name) in zip(figure.subplots(1, 2, sharey=True), named.items(), strict=True):
+        bins = [row for row in rows if row["by"] == by]
+        x, y, sizes = (np.array([row[column] for row in bins]) for column in ("mean", "accuracy", "predictions"))
         axes.plot(x, y, color="#1f4e9e")
+        axes.scatter(x, y, 10 + 300 * sizes / sizes.sum(), color="#1f4e9e", alpha=0.6)
         if by == "confidence":
-            axes.plot([0, 1], [0, 1], color="#777", linewidth=0.8, linestyle="--")
-        axes.set(
-            xlabel=f"{name}; dots: bins by size", ylabel="share of right predictions", xlim=(0, 1), ylim=(-0.03, 1.03)
-        )
-    return figure
-
-
-def _draw_patches(examples: list[tuple[SeenSegment, int]], data: Images) -> Figure:
-    """A row of each token: images, with a frame around the patch; around all of it for the class token."""
-    columns = examples[0][0].top.shape[1]
-    height = 1.55 * len(examples) + 0.3
-    figure = Figure(figsize=(1.3 * columns, height))
-    grid = figure.subplots(len(examples), columns, squeeze=False)
-    for line, (seen, n) in zip(grid, examples, strict=True):
-        line[0].set_title(_label(seen, n), fontsize=7, loc="left")
-        for axes, place in zip(line, seen.places[n].tolist(), strict=True):
-            axes.axis("off")
-            if place >= 0:
-                pixels, box = data.picture(place)
-                axes.imshow(pixels, cmap="gray")
-                left, top, width, height = box
-                axes.add_patch(
-                    Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color="#e07b00", linewidth=2)
-                )
-    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.3 / height, 0.05, 0.25)
+            axes.plot([0, 1], [0, 1], color="#777777", linewidth=0.8, linestyle="--")
+        axes.set(xlabel=f"{name}; dots: how many", xlim=(0, 1), ylim=(-0.03, 1.03))
+    figure.axes[0].set_ylabel("share of right predictions")
+    figure.subplots_adjust(0.07, 0.15, 0.99, 0.98, 0.06)
     return figure

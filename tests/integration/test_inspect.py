@@ -1,6 +1,7 @@
 """`tokenformer inspect` on a text of a stranger and on images: its tables, its page, its page in a browser."""
 
 import csv
+import re
 import shutil
 import subprocess
 
@@ -22,9 +23,15 @@ from tests.tokenformer.tiny_vit import TINY
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig, grow, save_pretrained
 from tokenformer.inspection import Scored, scores_and_weights
 
-HOSTILE = "<script>document.title='run'</script>\n<img src=x onerror=alert(1)> \" ' & </pre></html> {0} {title} \x00\u202e é\n"
+HOSTILE = "<script>document.title='run'</script>\n<img src=x onerror=alert(1)> \" ' & </pre></html> {0} \x00\u202e é\n"
 TEXT = HOSTILE + "The model reads tokens, the Model of 1999 reads 20 tokens; 東京, 東京.\n" * 3
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+def images_of(page, count):
+    found = re.findall(r"<img[^>]*>", page)
+    assert len(found) == count
+    return found
 
 
 def rows(folder, table):
@@ -80,7 +87,7 @@ def test_predictions_and_losses_of_a_text(text_model, inspected):
     assert float(losses["nothing", "all"]["loss"]) == pytest.approx(numbers[:, 1].mean(), rel=1e-4)
     assert float(losses["nothing", "all"]["accuracy"]) == pytest.approx(numbers[:, 4].mean(), rel=1e-4)
     digits = np.array([row["token"].isdigit() for row in found])
-    assert int(losses["block 1", "digits"]["predictions"]) == digits.sum() == 19
+    assert int(losses["block 1", "digits"]["predictions"]) == digits.sum() == 20
     assert float(losses["nothing", "digits"]["loss"]) == pytest.approx(numbers[digits, 1].mean(), rel=1e-4)
     silent = {part for part, _ in losses}
     assert silent == {"nothing", "feed-forward", "projections", "block 0", "block 1"}
@@ -120,17 +127,17 @@ def test_tokens_and_what_fires_them(text_model, inspected):
 
 def test_the_page_shows_a_hostile_text_and_runs_none_of_it(inspected):
     page = (inspected / "index.html").read_text(encoding="utf-8")
-    tags = {tag.split()[0].rstrip(">").lower() for tag in page.split("<")[1:]}
+    tags = set(re.findall(r"</?([!\w]*)", page.lower()))
     known = {"!doctype", "html", "head", "meta", "title", "style", "body", "h1", "h2", "h4", "p", "pre", "div", "b"}
-    known |= {"table", "tr", "th", "td", "img", "span"}
-    assert {tag.lstrip("/") for tag in tags} == known
+    known |= {"table", "tr", "th", "td", "img", "span", "details", "summary"}
+    assert tags == known
     assert page.count("<html") == page.count("</html>") == 1
-    assert page.count("src=") - page.count("src=x") == page.count('src="data:image/png;base64,') == 3
+    assert all(re.search(' src="data:image/png;base64,[^"]+">$', image) for image in images_of(page, 3))
     assert "://" not in page
     assert "default-src 'none'" in page
     assert "&lt;b&gt;lm on " in page
     for picture in ("firing.png", "angles.png", "calibration.png"):
-        assert len(np.unique(np.asarray(Image.open(inspected / picture).convert("RGB")).reshape(-1, 3), axis=0)) > 50
+        assert len(Image.open(inspected / picture).convert("RGB").getcolors(2**24)) > 50
 
 
 def test_the_page_in_a_browser(inspected, tmp_path):
@@ -139,33 +146,46 @@ def test_the_page_in_a_browser(inspected, tmp_path):
         pytest.skip(f"needs one of {', '.join(BROWSERS)}: apt-get install chromium-headless-shell")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,2000"]
     options += [f"--screenshot={tmp_path / 'page.png'}", f"--user-data-dir={tmp_path / 'profile'}"]
-    subprocess.run([browser, *options, (inspected / "index.html").as_uri()], check=True, capture_output=True, timeout=120)
-    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).reshape(-1, 3)
-    assert len(pixels) == 1200 * 2000
-    assert len(np.unique(pixels, axis=0)) > 200  # pictures and text
-    assert 0.02 < (pixels.sum(1) < 600).mean() < 0.6
+    subprocess.run(
+        [browser, *options, (inspected / "index.html").as_uri()], check=True, capture_output=True, timeout=120
+    )
+    page = Image.open(tmp_path / "page.png").convert("RGB")
+    assert page.size == (1200, 2000)
+    colors = page.getcolors(2**24)
+    assert len(colors) > 200  # pictures and text
+    dark = sum(count for count, color in colors if sum(color) < 600)
+    assert 0.02 < dark / (1200 * 2000) < 0.6
 
 
-def test_kinds_of_tokens(text_model, tmp_path):
-    (tmp_path / "text").write_text("Ann saw 12 cats. Ann saw é és é", encoding="utf-8")
-    texts = Texts(text_model[1], text_model[0], tmp_path / "text", None)
-    (batch,) = texts.batches()
-    ids = batch.targets.tolist()
-    shown = {
-        kind: "".join(chr(i) if k else "_" for i, k in zip(ids, of_kind.tolist(), strict=True))
-        for kind, of_kind in zip(texts.kinds, batch.kinds.T, strict=True)
+@pytest.fixture
+def texts(text_model, tmp_path):
+    """The input that a text makes."""
+
+    def read(text):
+        (tmp_path / "text").write_text(text, encoding="utf-8")
+        return Texts(text_model[1], text_model[0], tmp_path / "text", None)
+
+    return read
+
+
+def test_kinds_of_tokens(texts):
+    shown = texts("Ann saw 12 cats. Ann saw é és é")
+    (batch,) = shown.batches()
+    letters = [chr(i) for i in batch.targets.tolist()]  # a letter a byte
+    found = {
+        kind: "".join(letter if k else "_" for letter, k in zip(letters, of_kind.tolist(), strict=True))
+        for kind, of_kind in zip(shown.kinds, batch.kinds.T, strict=True)
     }
-    # 8 spaces, 4 a, 4 n, 4 s, 3 of each byte of é, ...: the first three are 16 of 32, as many as half of the text
-    frequent, rare = set(" an"), set("12.ct")
-    assert shown == {
-        "all": "Ann saw 12 cats. Ann saw Ã© Ã©s Ã©",
-        "frequent": "".join(c if c in frequent else "_" for c in shown["all"]),
-        "rare": "".join(c if c in rare else "_" for c in shown["all"]),
-        "digits": "________12______________________"[: len(ids)],
-        "names": "Ann______________Ann_____________"[: len(ids)],
-        "copied": "_________________Ann_saw________Ã©",
-        "new": "Ann_saw_12_cats__________Ã©_Ã©s___",
-    }
+    assert found["all"] == "Ann saw 12 cats. Ann saw Ã© Ã©s Ã©"
+    assert found["digits"] == "________12________________________"
+    assert found["names"] == "Ann______________Ann______________"
+    assert found["copied"] == "_________________Ann_saw________Ã©"
+    assert found["new"] == "Ann_saw_12_cats__________Ã©_Ã©s___"
+
+
+def test_frequent_and_rare_tokens(texts):
+    shown = texts("e" * 10 + "t" * 6 + "z" * 3 + "q")  # and the end of another text: 21 tokens
+    assert (shown.frequent, shown.rare) == ({ord("e")}, {ord("q"), 256})
 
 
 def test_a_text_is_read_in_pieces(text_model, tmp_path, monkeypatch):
@@ -180,10 +200,12 @@ def test_a_text_is_read_in_pieces(text_model, tmp_path, monkeypatch):
     texts = Texts(model, tmp_path, tmp_path / "text", None)
     assert tokenizer.decode(texts.ids.tolist()) == words
     batches = list(texts.batches())
-    assert torch.equal(torch.cat([batch.targets for batch in batches]), torch.from_numpy(texts.ids[1:].astype(np.int64)))
+    assert torch.equal(
+        torch.cat([batch.targets for batch in batches]), torch.from_numpy(texts.ids[1:].astype(np.int64))
+    )
     places = torch.cat([batch.places for batch in batches])
     assert places[places >= 0].tolist() == list(range(len(texts.ids) - 1))
-    assert len(batches) > 3
+    assert len(batches) == 3
 
 
 def test_whether_a_model_knows_that_it_guesses():
@@ -214,29 +236,56 @@ def test_images(image_model, images, tmp_path, recwarn):
     shutil.copytree(images / "val", tmp_path / "photos")
     (tmp_path / "photos/dark/torn.png").write_bytes(b"none")
     shutil.copytree(images / "val/grey", tmp_path / "photos/unknown")
-    main(["inspect", str(image_model[0]), "--images", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--ablate"])
+    main(
+        [
+            "inspect",
+            str(image_model[0]),
+            "--images",
+            str(tmp_path / "photos"),
+            "--out",
+            str(tmp_path / "out"),
+            "--ablate",
+        ]
+    )
     assert any("torn.png" in str(warning.message) for warning in recwarn)
     found, losses = rows(tmp_path / "out", "predictions"), rows(tmp_path / "out", "losses")
     assert [row["target"] for row in found] == ["bright"] * 8 + ["dark"] * 8 + ["grey"] * 7 + [""] * 7
     known = found[:23]
     assert [row["right"] for row in known] == [str(int(row["target"] == row["predicted"])) for row in known]
     assert [row["nats"] for row in found[23:]] == [""] * 7
-    assert [row["silent"] for row in losses] == ["nothing", "feed-forward", "projections", *(f"block {i}" for i in range(3))]
+    assert [row["silent"] for row in losses] == [
+        "nothing",
+        "feed-forward",
+        "projections",
+        *(f"block {i}" for i in range(3)),
+    ]
     assert {row["predictions"] for row in losses} == {"23"}
     assert float(losses[0]["loss"]) == pytest.approx(np.mean([float(row["nats"]) for row in known]), rel=1e-4)
     contexts = rows(tmp_path / "out", "contexts")
-    assert {(row["row"], row["column"]) for row in contexts} == {("", ""), ("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")}
+    assert {(row["row"], row["column"]) for row in contexts} == {
+        ("", ""),
+        ("0", "0"),
+        ("0", "1"),
+        ("1", "0"),
+        ("1", "1"),
+    }
     page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
-    assert page.count('src="data:image/png;base64,') == page.count("src=") == 4
+    images_of(page, 3 + 3 * 3)
 
 
 def test_the_patch_at_a_place(image_model, images):
     shown = inspect_inputs.Images(image_model[1], image_model[0], images / "val")
     place = 9 * shown.num_tokens + 1 + 2  # the second patch of the first row is 2, behind the class token
     assert shown.context(place) == {"file": str(images / "val/dark/1.png"), "row": 1, "column": 0}
-    pixels, box = shown.picture(place)
-    assert (pixels.shape, box) == ((16, 16, 3), (0, 8, 8, 8))
-    assert shown.picture(place - 3)[1] == (0, 0, 16, 16)
+    for at, (left, top, right, bottom) in (
+        (place, (0, 48, 47, 95)),
+        (place - 3, (0, 0, 95, 95)),
+    ):  # the class token's: all
+        pixels = np.asarray(shown.picture(at))
+        assert pixels.shape == (96, 96, 3)
+        frame = (pixels == (0xE0, 0x7B, 0)).all(-1)
+        rows, columns = frame.nonzero()
+        assert (columns.min(), rows.min(), columns.max(), rows.max()) == (left, top, right, bottom)
 
 
 def test_what_can_not_be_inspected(text_model, image_model, tmp_path):
@@ -244,7 +293,7 @@ def test_what_can_not_be_inspected(text_model, image_model, tmp_path):
     (tmp_path / "text").write_text("text")
     (tmp_path / "folder").mkdir()
     baseline = tmp_path / "baseline"
-    save_pretrained(TokenFormerLM(LMConfig(vocab_size=257, depth=1, dim=8, num_heads=2, baseline="parameters")), baseline)
+    save_pretrained(TokenFormerLM(LMConfig(vocab_size=257, baseline="parameters", **SIZES)), baseline)
     for source, option, path, message in (
         (text_model[0], "--text", "absent", "--text .*absent: no such file"),
         (text_model[0], "--text", "empty", "--text .*empty: is empty"),
