@@ -35,15 +35,15 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import BinaryAUROC
 from tqdm import tqdm
 
+from lit_modules.commands.calibration import Calibration
 from lit_modules.commands.export import new_folder
 from lit_modules.commands.inspect_inputs import Batch, Images, Texts
 from lit_modules.commands.inspect_page import SeenSegment, write_page
 from lit_modules.modules.loading import Weights, load_model
 from lit_modules.runs.tables import append_rows, write_rows
-from tokenformer import Pattention, TokenFormerLM
+from tokenformer import Pattention, TokenFormerLM, TokenFormerViT
 from tokenformer.growth import pattention_layers
 from tokenformer.inspection import (
     LayerStatistics,
@@ -57,61 +57,10 @@ from tokenformer.inspection import (
 )
 
 TOP = 5  # inputs of each token
-BINS = 15  # of a calibration curve, as in Guo et al. (2017)
-THRESHOLDS = 1000  # of the ROC curve
 SHOWN = 2000  # predictions on the page
 EXAMPLES = 3  # tokens of each segment of the feed-forwards on the page
 
 Rows = list[dict[str, Any]]
-
-
-class Bins:
-    """Numbers from 0 to 1 in bins of equal width: of each how many, their sum, and how many had a right prediction."""
-
-    def __init__(self) -> None:
-        self.sums = torch.zeros(BINS, 3, dtype=torch.float64)
-
-    def add(self, values: Tensor, right: Tensor) -> None:
-        """Take values (T) into account."""
-        values = values.double().cpu().clamp(0, 1)
-        columns = torch.stack((torch.ones_like(values), values, right.double().cpu()), 1)
-        self.sums.index_add_(0, (values * BINS).long().clamp(max=BINS - 1), columns)
-
-    def rows(self, by: str) -> Rows:
-        """Of the bins that are not empty."""
-        return [
-            {"by": by, "predictions": int(count), "mean": values / count, "accuracy": right / count}
-            for count, values, right in self.sums.tolist()
-            if count
-        ]
-
-    def error(self) -> float:
-        """Mean |accuracy - value| of the bins, by their sizes: of confidence the expected calibration error."""
-        count, values, right = self.sums.T
-        return float((values - right).abs().sum() / count.sum())
-
-
-class Judged:
-    """Does a model know that it guesses? Predictions whose target is known, by confidence and by entropy.
-
-    Attributes:
-        confidence: by the probability of the likeliest.
-        entropy: by the entropy over that of a guess among all `choices`.
-        auroc: the probability that a wrong prediction has more entropy than a right one.
-    """
-
-    def __init__(self, choices: int) -> None:
-        self.most = math.log(max(2, choices))
-        self.confidence, self.entropy, self.auroc = Bins(), Bins(), BinaryAUROC(thresholds=THRESHOLDS)
-
-    def add(self, targets: Tensor, scored: Scored) -> None:
-        """Take predictions (T) into account."""
-        known = targets >= 0
-        if known.any():
-            right, entropy = (scored.likeliest == targets)[known], scored.entropy[known].double() / self.most
-            self.confidence.add(scored.confidence[known], right)
-            self.entropy.add(entropy, right)
-            self.auroc.update(entropy.clamp(0, 1).cpu(), (~right).long().cpu())
 
 
 def inspect(
@@ -138,31 +87,22 @@ def inspect(
         ValueError: for a model that has no parameter tokens or does not read such data, data that is missing or can't
             be read, a folder that exists.
     """
-    model = load_model(source, weights)
-    layers = pattention_layers(model)
-    if not layers:
-        raise ValueError(f"{source}: is a baseline and has no parameter tokens: give a TokenFormer")
-    data: Texts | Images
-    if isinstance(model, TokenFormerLM):
-        if text is None:
-            raise ValueError(f"--images {images}: {source} is a language model: give --text FILE")
-        data = Texts(model, source, text, tokenizer)
-    elif images is None or tokenizer is not None:
-        raise ValueError(f"--text, --tokenizer: {source} is an image model: give --images FOLDER alone")
-    else:
-        data = Images(model, source, images)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    found = {name: LayerStatistics(layer.num_tokens, TOP, device) for name, layer in layers.items()}
-    judged, silent = Judged(data.choices), parts_of(model) if ablate else {}
-    sums = {part: torch.zeros(len(data.kinds), 3, dtype=torch.float64) for part in ("nothing", *silent)}
-    beginning: Rows = []
     with new_folder(out) as folder, torch.no_grad():
+        model = load_model(source, weights)
+        if not (layers := pattention_layers(model)):
+            raise ValueError(f"{source}: is a baseline and has no parameter tokens: give a TokenFormer")
+        data = _opened(model, source, text, images, tokenizer)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device)
+        found = {name: LayerStatistics(layer.num_tokens, TOP, device) for name, layer in layers.items()}
+        calibration, silent = Calibration(data.choices), parts_of(model) if ablate else {}
+        sums = {part: torch.zeros(len(data.kinds), 3, dtype=torch.float64) for part in ("nothing", *silent)}
+        beginning: Rows = []
         for given in tqdm(data.batches(), "inspect", unit=" batches", disable=None):  # off where nobody looks
             batch = Batch(*(part.to(device) for part in given))
             with watching(model, found, batch.places):
                 scored = data.score(batch)
-            judged.add(batch.targets, scored)
+            calibration.add(batch.targets, scored)
             sums["nothing"] += _sums(batch, scored)
             _append(folder / "predictions.csv", rows := _predictions(data, batch, scored))
             beginning += rows[: SHOWN - len(beginning)]
@@ -182,13 +122,24 @@ def inspect(
             for kind, (count, nats, right) in zip(data.kinds, of_kinds.tolist(), strict=True)
             if count
         ]
-        calibration = judged.confidence.rows("confidence") + judged.entropy.rows("entropy")
         _append(folder / "losses.csv", losses)
-        _append(folder / "calibration.csv", calibration)
+        _append(folder / "calibration.csv", calibration.rows())
         examples = [(seen, n) for seen in segments for n in _selective(seen)]
-        summary, title = _summary(segments, losses, judged), f"{source.name} on {text or images}"
-        write_page(folder, title, summary, segments, losses, calibration, examples, beginning, data)
+        summary, title = _summary(segments, losses, calibration), f"{source.name} on {text or images}"
+        write_page(folder, title, summary, segments, losses, calibration.rows(), examples, beginning, data)
     return f"{summary}\nwrote {out}: open its index.html"
+
+
+def _opened(
+    model: TokenFormerLM | TokenFormerViT, source: Path, text: Path | None, images: Path | None, tokenizer: str | None
+) -> Texts | Images:
+    if isinstance(model, TokenFormerLM):
+        if text is None:
+            raise ValueError(f"--images {images}: {source} is a language model: give --text FILE")
+        return Texts(model, source, text, tokenizer)
+    if images is None or tokenizer is not None:
+        raise ValueError(f"--text, --tokenizer: {source} is an image model: give --images FOLDER alone")
+    return Images(model, source, images)
 
 
 def _append(path: Path, rows: Rows) -> None:
@@ -275,7 +226,7 @@ def _selective(seen: SeenSegment) -> list[int]:
     return nlargest(EXAMPLES, range(len(peaks)), key=peaks.__getitem__)
 
 
-def _summary(segments: list[SeenSegment], losses: Rows, judged: Judged) -> str:
+def _summary(segments: list[SeenSegment], losses: Rows, calibration: Calibration) -> str:
     """The page in three lines."""
     total = {name: sum(seen.row[name] for seen in segments) for name in ("tokens", "dead", "universal")}
     fires = sum(seen.row["fires"] * seen.row["tokens"] for seen in segments) / total["tokens"]
@@ -285,11 +236,13 @@ def _summary(segments: list[SeenSegment], losses: Rows, judged: Judged) -> str:
     ]
     if losses:
         whole = losses[0]
-        error, auroc = judged.confidence.error(), float(judged.auroc.compute())
-        lines += [
-            f"{whole['predictions']:,} predictions: loss {whole['loss']:.4g} nats, {whole['accuracy']:.1%} right",
-            f"expected calibration error {error:.3f}; entropy tells wrong from right with an AUROC of {auroc:.3f}",
-        ]
+        lines.append(
+            f"{whole['predictions']:,} predictions: loss {whole['loss']:.4g} nats, {whole['accuracy']:.1%} right"
+        )
+        lines.append(f"expected calibration error {calibration.error():.3f}")
+        if 0 < whole["accuracy"] < 1:
+            auroc = float(calibration.auroc.compute())
+            lines[-1] += f"; entropy tells wrong from right with an AUROC of {auroc:.3f}"
     return "\n".join(lines)
 
 

@@ -124,7 +124,7 @@ class Texts:
         """The token at a place, between what stands before and behind it."""
         before = self.tokenizer.decode(self.ids[max(0, place - BEFORE) : place].tolist())
         after = self.tokenizer.decode(self.ids[place + 1 : place + 1 + AFTER].tolist())
-        return {"position": place, "before": before, "token": self._piece(int(self.ids[place])), "after": after}
+        return {"position": place, "before": before, "at": self._piece(int(self.ids[place])), "after": after}
 
     def _piece(self, i: int) -> str:
         """What an id adds to a text."""

@@ -161,8 +161,8 @@ def _short(layer: str) -> str:
 
 
 def _contexts(places: list[int], data: Texts) -> str:
-    contexts = ([escape(data.context(place)[name]) for name in ("before", "token", "after")] for place in places)
-    lines = (f"{before}<b>{token}</b>{after}".replace("\n", "↵") for before, token, after in contexts)
+    contexts = ([escape(data.context(place)[name]) for name in ("before", "at", "after")] for place in places)
+    lines = (f"{before}<b>{at}</b>{after}".replace("\n", "↵") for before, at, after in contexts)
     return f"<pre>{chr(10).join(lines)}</pre>"
 
 

@@ -1,4 +1,7 @@
-"""`tokenformer inspect` on a text of a stranger and on images: its tables, its page, its page in a browser."""
+"""`tokenformer inspect` on a text of a stranger and on images: its tables, its page, its page in a browser.
+
+One file: the tests share two models, and what the command has written about one.
+"""
 
 import csv
 import re
@@ -15,7 +18,7 @@ from torchmetrics.classification import BinaryCalibrationError
 from datamodules.tokenizer import ByteTokenizer, train_bpe
 from lit_modules.cli import main
 from lit_modules.commands import inspect_inputs
-from lit_modules.commands.inspect import Judged
+from lit_modules.commands.calibration import Calibration
 from lit_modules.commands.inspect_inputs import Texts
 from lit_modules.commands.tokenizers import save_tokenizer
 from tests.tokenformer.tiny_lm import LM, SIZES
@@ -122,7 +125,7 @@ def test_tokens_and_what_fires_them(text_model, inspected):
             assert float(row["weight"]) == pytest.approx(float(weight), abs=1e-5)
             assert float(weights[place, n]) == pytest.approx(float(weight), abs=1e-5)
             before = bytes(ids[max(1, place - 40) : place].tolist()).decode(errors="replace")
-            assert row["before"] == before
+            assert (row["segment"], row["token"], row["before"]) == (str(int(n >= 50)), str(n % 50), before)
 
 
 def test_the_page_shows_a_hostile_text_and_runs_none_of_it(inspected):
@@ -210,16 +213,16 @@ def test_a_text_is_read_in_pieces(text_model, tmp_path, monkeypatch):
 
 def test_whether_a_model_knows_that_it_guesses():
     torch.manual_seed(0)
-    judged, entropy = Judged(10), torch.rand(2000) * 2.3
+    calibration, entropy = Calibration(10), torch.rand(2000) * 2.3
     confidence, wrong = torch.rand(2000), torch.rand(2000) < entropy / 2.3
     likeliest = torch.zeros(2000, dtype=torch.long)
     for part in (slice(1200), slice(1200, None)):
-        judged.add(wrong[part].long(), Scored(entropy[part], entropy[part], confidence[part], likeliest[part]))
-    judged.add(torch.tensor([-100]), Scored(*torch.ones(3, 1), torch.tensor([0])))  # unknown
+        calibration.add(wrong[part].long(), Scored(entropy[part], entropy[part], confidence[part], likeliest[part]))
+    calibration.add(torch.tensor([-100]), Scored(*torch.ones(3, 1), torch.tensor([0])))  # unknown
     expected = BinaryCalibrationError(n_bins=15)(confidence, (~wrong).long())
-    assert judged.confidence.error() == pytest.approx(float(expected), abs=1e-5)
-    assert float(judged.auroc.compute()) == pytest.approx(roc_auc_score(wrong, entropy), abs=1e-3)
-    assert sum(row["predictions"] for row in judged.entropy.rows("entropy")) == 2000
+    assert calibration.error() == pytest.approx(float(expected), abs=1e-5)
+    assert float(calibration.auroc.compute()) == pytest.approx(roc_auc_score(wrong, entropy), abs=1e-3)
+    assert sum(row["predictions"] for row in calibration.rows() if row["by"] == "entropy") == 2000
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +301,7 @@ def test_what_can_not_be_inspected(text_model, image_model, tmp_path):
         (text_model[0], "--text", "absent", "--text .*absent: no such file"),
         (text_model[0], "--text", "empty", "--text .*empty: is empty"),
         (text_model[0], "--images", "folder", "is a language model: give --text FILE"),
-        (image_model[0], "--text", "text", "is an image model: give --images FOLDER"),
+        (image_model[0], "--text", "text", "is an image model: give --images FOLDER alone"),
         (image_model[0], "--images", "absent", "--images .*absent: no such folder"),
         (image_model[0], "--images", "folder", "no images in it"),
         (baseline, "--text", "text", "is a baseline and has no parameter tokens"),
