@@ -13,7 +13,7 @@ from importlib import import_module
 from lit_modules.commands import help
 
 # Modules in lit_modules/commands of the commands that take no config of an experiment.
-COMMANDS = {name: name for name in ("evaluate", "export", "generate", "grow", "plot", "submit", "sweep")}
+COMMANDS = {name: name for name in ("evaluate", "export", "generate", "grow", "inspect", "plot", "submit", "sweep")}
 COMMANDS["import"] = "import_released"
 
 HELP = """usage: tokenformer COMMAND --config FILE [--KEY VALUE ...]
@@ -41,6 +41,8 @@ commands:
                                       tokenformer evaluate CKPT --tasks hellaswag,piqa
   generate   continue a text with a language model
                                       tokenformer generate CKPT --prompt TEXT
+  inspect    which parameter tokens fire, on what, and whether the model knows that it guesses
+                                      tokenformer inspect CKPT --text FILE --out DIR
   submit     train as a Slurm job that requeues itself and resumes when it is preempted or out of time
                                       tokenformer submit --config FILE --nodes 2 --gpus-per-node 8 --time 24:00:00
   sweep      train with each of several values of any key, and compare
