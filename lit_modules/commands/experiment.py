@@ -40,7 +40,15 @@ from lit_modules.callbacks.checkpoint import RunCheckpoint
 from lit_modules.callbacks.watchdog import end_with
 from lit_modules.checkpoints.reading import read_header
 from lit_modules.checkpoints.writing import AtomicCheckpointIO, remove_partial_checkpoints
-from lit_modules.commands.given import SIZES, InstantiateModel, SaveConfig, as_list, check_options, size_of_data
+from lit_modules.commands.given import (
+    SIZES,
+    InstantiateModel,
+    SaveConfig,
+    as_list,
+    check_options,
+    size_of_data,
+    take_sizes,
+)
 from lit_modules.commands.parser import ArgumentParser
 from lit_modules.commands.plan import num_devices, plan
 from lit_modules.commands.run_folder import config_name, replace_links, resolve_run
@@ -163,8 +171,11 @@ class ExperimentCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Decide on the run's folder and the checkpoint to start from."""
-        config = self.config[self.config.subcommand]
-        config.name = config.name or config_name(sys.argv[1:] if self._args is None else self._args, config.model)
+        config, args = self.config[self.config.subcommand], sys.argv[1:] if self._args is None else self._args
+        if config.model.get("init_args", {}).get("init_from") and self.config.subcommand != "prepare":
+            typed = self.parser.parse_args(args, defaults=False)
+            take_sizes(config.model, typed[self.config.subcommand].model)
+        config.name = config.name or config_name(args, config.model)
         check_options(self.config.subcommand, config.trainer)
         if self.config.subcommand == "plan" and config.devices is None:
             config.devices = num_devices(config.trainer.devices, config.trainer.num_nodes)

@@ -29,7 +29,8 @@ from lit_modules.runs.logs import is_log_step
 from lit_modules.runs.options import refuse_callbacks, refuse_settings
 from lit_modules.strategies.ranks import data_parallel_rank
 from tokenformer.config import BackboneConfig
-from tokenformer.interop import load_initial_weights
+from tokenformer.growth import pattention_layers
+from tokenformer.interop import initial_structure, load_initial_weights
 
 
 class TokenFormerModule(LightningModule, ABC):
@@ -64,6 +65,7 @@ class TokenFormerModule(LightningModule, ABC):
         self.learning_rate = LearningRate(optim)
         self.old_lr_scale = 1.0
         self.skipped: Tensor | None = None
+        self._initial_shapes: dict[str, torch.Size] | None = None  # of the tensors in `init_from`
         self._head_fits = True  # whether `init_from` has the data's classes, if it says them
         self._head_is_new = False  # since `init_from` has other classes, or it is what `train` asks for
         self._overfits = False  # trains on the same few batches again and again
@@ -115,6 +117,15 @@ class TokenFormerModule(LightningModule, ABC):
         """Metrics over all batches of all ranks since :meth:`start_evaluation`, by name; `stage` is val or test."""
 
     # What callbacks and strategies ask for.
+
+    def start_structure(self, model: nn.Module) -> nn.Module:
+        """The model with the segments of `init_from`, where it starts from a model that has grown."""
+        if self.init_from is not None:
+            if self._initial_shapes is None:
+                self._initial_shapes = initial_structure(self.init_from)[1]
+            for name, layer in pattention_layers(model).items():
+                layer.match(self._initial_shapes, f"{name}.")
+        return model
 
     def empty_copy(self) -> "TokenFormerModule":
         """A module of the same config with a model of its own, sharded alike; to hold an average."""

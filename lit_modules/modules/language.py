@@ -34,8 +34,8 @@ class LanguageModule(TokenFormerModule):
     Args:
         config: sizes and options of the model.
         optim: the optimizer and its schedule.
-        init_from: folder of an exported or imported model to start from, in place of random weights. `config` has to
-            be of its sizes.
+        init_from: folder of an exported or imported model, or a checkpoint, to start from in place of random weights,
+            grown or not. In a YAML and on the command line `config` takes its sizes from there.
         train: all, or patterns of the names of parameters, such as `backbone.blocks.11.*`; the rest is frozen.
         compile: compile each block with torch.compile: a minute at the start, faster steps.
         checkpoint_activations: keep only each block's input for the backward pass; less memory, a third more work.
@@ -81,7 +81,7 @@ class LanguageModule(TokenFormerModule):
 
     def build_model(self, width: int = 1) -> TokenFormerLM:
         """The model before any growth, `width` times as wide."""
-        return TokenFormerLM(widened(self.config, width))
+        return self.start_structure(TokenFormerLM(widened(self.config, width)))
 
     def set_model(self, model: TokenFormerLM) -> None:  # type: ignore[override]
         """Make this the model: as it is to be trained, checkpointed, compiled and sharded."""

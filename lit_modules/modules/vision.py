@@ -50,7 +50,8 @@ class VisionModule(TokenFormerModule):
             `image_size`, `in_channels` and `drop_path`.
         timm_args: further arguments of `timm.create_model`, such as {embed_dim: 96, depth: 4}.
         label_smoothing: share of a target that is spread over all classes, in training.
-        init_from: folder of an exported or imported model of `config`'s sizes to start from, not from random weights.
+        init_from: folder of an exported or imported model, or a checkpoint, to start from in place of random weights,
+            grown or not. In a YAML and on the command line `config` takes its sizes from there.
         train: all, head (a new classifier on frozen features, a linear probe), or patterns of the names of parameters,
             such as `backbone.blocks.11.*`; the rest is frozen, in eval mode.
         distill: a teacher whose predictions are learned too, in training; evaluation goes by the labels.
@@ -121,7 +122,7 @@ class VisionModule(TokenFormerModule):
         """The model before any growth, `width` times as wide."""
         config = self.config
         if self.timm_model is None:
-            return TokenFormerViT(widened(config, width))
+            return self.start_structure(TokenFormerViT(widened(config, width)))
         drop_path = {"drop_path_rate": config.drop_path} if config.drop_path else {}
         return create(self.timm_model, drop_path | self.timm_args, config, "model.timm_model")
 
