@@ -99,6 +99,11 @@ class GrowParameterTokens(Callback):
         check_strategy(trainer.strategy)
         if isinstance(trainer.strategy, FSDP2):
             self._check_sharded(pl_module)
+        if self.stages[0].at_step == 0 and pl_module.init_from is None:
+            raise ValueError(
+                f"stage 1 {self.stages[0]}: grows a model that has learned nothing yet: give model.init_from, or let "
+                "model.config have the size to begin with"
+            )
         if any(stage.on_plateau for stage in self.stages) and not trainer.limit_val_batches:
             raise ValueError("on_plateau needs validations: trainer.limit_val_batches is 0")
         if self.verify and self.recipe.init == "split" and str(trainer.precision) in ("bf16-true", "16-true"):
@@ -112,7 +117,7 @@ class GrowParameterTokens(Callback):
                 names = check_grown(grown, names, pl_module.trained)
                 if isinstance(trainer.strategy, FSDP2):
                     check_divisible(grown, trainer.strategy.tensor_parallel_size)
-        known = trainer.max_steps > 0 and all(stage.at_step for stage in self.stages)
+        known = trainer.max_steps > 0 and all(stage.at_step is not None for stage in self.stages)
         if known and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._check_room([stage.at_step for stage in self.stages], trainer, pl_module)
 

@@ -210,10 +210,10 @@ def _starts(stages: Sequence[Stage], per_step: int, max_steps: int) -> list[int 
     starts: list[int | None] = [0]
     for i, stage in enumerate(stages, 1):
         step = stage.at_step if stage.at_tokens is None else math.ceil(stage.at_tokens / per_step)
-        last = max(start for start in starts if start is not None)
+        last = max((start for start in starts[1:] if start is not None), default=-1)
         if step is not None and not last < step < max_steps:
             raise ValueError(
-                f"stage {i} {stage} comes at step {step}: must be after step {last} and before "
+                f"stage {i} {stage} comes at step {step}: must be after step {max(last, 0)} and before "
                 f"trainer.max_steps={max_steps}"
             )
         starts.append(step)

@@ -39,7 +39,7 @@ class Stage:
     """When to grow, and how far. Exactly one moment; counts or a factor.
 
     Attributes:
-        at_step: before this optimizer step (0 is the first).
+        at_step: before this optimizer step. 0 is the first: for a model that starts from `model.init_from`.
         at_tokens: at the first step that begins with so many training tokens behind it.
         on_plateau: after a validation, when a metric has stopped getting better.
         qkv: parameter tokens of each query, key and value projection afterwards.
@@ -68,8 +68,8 @@ class Stage:
             raise ValueError(f"stage {self}: give a factor, or some of qkv, proj, ffn (for a baseline: width)")
         if self.factor is not None and not 1 < self.factor < math.inf:
             raise ValueError(f"stage {self}: factor must be above 1, growth only adds")
-        if self.at_step is not None and self.at_step < 1:
-            raise ValueError(f"stage {self}: at_step must be at least 1; model.config has the size to begin with")
+        if self.at_step is not None and self.at_step < 0:
+            raise ValueError(f"stage {self}: at_step must be at least 0")
         if self.at_tokens is not None and not self.at_tokens > 0:
             raise ValueError(f"stage {self}: at_tokens must be above 0; model.config has the size to begin with")
 
@@ -97,7 +97,7 @@ def check_order(stages: Sequence[Stage], steps: Sequence[int | None], max_steps:
     Raises:
         ValueError: naming the first that is not.
     """
-    last = 0
+    last = -1
     for i, (stage, step) in enumerate(zip(stages, steps, strict=True)):
         if step is None:
             continue
@@ -117,12 +117,13 @@ def check_room(
         ValueError: naming the first that has not.
     """
     known = [step for step in steps if step is not None]
-    for i, (start, end) in enumerate(zip((0, *known), (*known, max_steps), strict=True)):
+    starts = known if 0 in known else [0, *known]
+    for start, end in zip(starts, (*starts[1:], max_steps), strict=True):
         if end < 0:
             break
         if restarts:
             check_schedule(optim, end - start, f"steps {start} to {end}, a stage of schedule: restart")
-        if i and anneal_steps > end - start:
+        if start in known and anneal_steps > end - start:
             raise ValueError(f"anneal_steps={anneal_steps} don't fit into steps {start} to {end} of a stage")
 
 
