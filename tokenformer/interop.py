@@ -219,7 +219,7 @@ def initial_structure(path: str | Path) -> tuple[LMConfig | ViTConfig, dict[str,
         for name, layer in pattention_layers(model).items():
             layer.match({key: tensor.shape for key, tensor in tensors.items()}, f"{name}.")
         return present_config(model), {name: tensor.shape for name, tensor in consolidated_state(model).items()}
-    shapes = {}
+    shapes: dict[str, torch.Size] = {}
     config = read_config(path)
     for file in _weight_files(path):
         try:
