@@ -15,7 +15,7 @@ from lit_modules.callbacks.ema import averages_of
 from lit_modules.callbacks.throughput import Throughput
 from lit_modules.growth.history import describe, write_growths
 from lit_modules.growth.recipe import Recipe, grow_modules, rehearse
-from lit_modules.growth.stages import Stage, check_order, check_past, check_room
+from lit_modules.growth.stages import Stage, check_first, check_order, check_past, check_room, with_steps
 from lit_modules.growth.structure import freeze
 from lit_modules.modules.base import TokenFormerModule
 from lit_modules.optim.trained import check_grown
@@ -96,14 +96,11 @@ class GrowParameterTokens(Callback):
 
     def check_settings(self, trainer: Trainer, pl_module: TokenFormerModule) -> None:
         """Refuse what can't be grown so; before any data is prepared."""
+        self.stages = with_steps(self.stages, getattr(trainer, "datamodule", None))
+        check_first(self.stages[0], pl_module.init_from)
         check_strategy(trainer.strategy)
         if isinstance(trainer.strategy, FSDP2):
             self._check_sharded(pl_module)
-        if self.stages[0].at_step == 0 and pl_module.init_from is None:
-            raise ValueError(
-                f"stage 1 {self.stages[0]}: grows a model that has learned nothing yet: give model.init_from, or let "
-                "model.config have the size to begin with"
-            )
         if any(stage.on_plateau for stage in self.stages) and not trainer.limit_val_batches:
             raise ValueError("on_plateau needs validations: trainer.limit_val_batches is 0")
         if self.verify and self.recipe.init == "split" and str(trainer.precision) in ("bf16-true", "16-true"):
@@ -159,7 +156,7 @@ class GrowParameterTokens(Callback):
             pl_module.update_optimizer()  # tells at once if it can't be
         applied, tokens = self._applied(pl_module), self._counter(trainer).tokens
         check_past(self.stages, self._saved_stages, pl_module.growths, trainer.global_step, tokens)
-        if [asdict(stage) for stage in self.stages][applied : applied + 1] != self._saved_stages[applied : applied + 1]:
+        if self.stages[applied : applied + 1] != [*map(Stage.from_dict, self._saved_stages[applied : applied + 1])]:
             self._best, self._bad = math.inf, 0  # of another metric, maybe
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             steps = self._steps(trainer, pl_module)

@@ -21,8 +21,10 @@ import datamodules.images
 import datamodules.instructions
 import datamodules.text  # noqa: F401  (makes their classes known by short names)
 from datamodules.loader import StreamDataModule
+from datamodules.phases import PhasedDataModule
 from lit_modules.callbacks import (
     Checkpoint,
+    ContinualMatrix,
     EvaluationRow,
     FreeSpace,
     ImagePredictions,
@@ -240,6 +242,8 @@ class ExperimentCLI(LightningCLI):
             always += [ImagePredictions(), Pictures(), EvaluationRow(saved.name, folder / "results.csv")]
         elif known and isinstance(self.model, LanguageModule):
             always.append(TokenPredictions())
+        if isinstance(self.datamodule, PhasedDataModule) and isinstance(self.model, TokenFormerModule):
+            always.append(ContinualMatrix())
         has_bar = any(isinstance(callback, ProgressBar) for callback in as_list(config.callbacks))
         if config.enable_progress_bar is not False and not has_bar:
             always.append(Progress())

@@ -14,7 +14,7 @@ from lit_modules.callbacks import GrowParameterTokens
 from lit_modules.commands import plan_devices
 from lit_modules.growth.history import count_by_kind
 from lit_modules.growth.recipe import rehearse
-from lit_modules.growth.stages import Stage
+from lit_modules.growth.stages import Stage, with_steps
 from lit_modules.modules.language import LanguageModule
 from lit_modules.optim.trained import trained_names
 from tokenformer.cost import Memory, Phase, cumulative_flops, marginal_flops, muon_flops, training_memory
@@ -150,7 +150,7 @@ def plan_rows(model: LanguageModule, datamodule: Any, trainer: Any, devices: int
         given = f"trainer.max_steps={trainer.max_steps}"
         raise ValueError(f"{given}: plan needs the number of steps; those of epochs depend on the data")
     growth = _growth(trainer)
-    stages = growth.stages if growth else []
+    stages = with_steps(growth.stages, datamodule) if growth else []
     per_step = datamodule.batch_size * datamodule.seq_len * devices * trainer.accumulate_grad_batches
     bounds = [*_starts(stages, per_step, trainer.max_steps), trainer.max_steps]
 

@@ -217,9 +217,13 @@ class TokenFormerModule(LightningModule, ABC):
                 f"{what}: optim.schedule={self.optim.schedule} needs the number of steps: give trainer.max_steps or "
                 "trainer.max_epochs, or optim.schedule=constant"
             )
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
-            check_schedule(self.optim, steps, what)
-        self.learning_rate.max_steps = steps
+        starts = getattr(getattr(self.trainer, "datamodule", None), "phase_starts", {})
+        self.learning_rate.restarts, self.learning_rate.max_steps = list(starts.values()), steps
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
+            return
+        check_schedule(self.optim, steps, what)
+        for (name, start), end in zip(starts.items(), (*[*starts.values()][1:], steps), strict=True):
+            check_schedule(self.optim, end - start, f"the {end - start} steps of phase {name}")
 
     def _peak_lr(self) -> float:
         """The peak rate for as many samples as an optimizer step has."""
@@ -310,9 +314,9 @@ class TokenFormerModule(LightningModule, ABC):
         """Forget the last validation."""
         self.start_evaluation(self.trainer, "val")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Take a batch into account."""
-        return self.evaluate(batch)
+        return self.evaluate(batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
@@ -322,9 +326,9 @@ class TokenFormerModule(LightningModule, ABC):
         """Forget the last test."""
         self.start_evaluation(self.trainer, "test")
 
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Take a batch into account."""
-        return self.evaluate(batch)
+        return self.evaluate(batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics."""

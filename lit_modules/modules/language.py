@@ -28,8 +28,8 @@ class LanguageModule(TokenFormerModule):
     """A TokenFormer (or Transformer baseline: `config.baseline`) that learns to predict the next token.
 
     Logs what TokenFormerModule logs (the loss in nats a token), and `val/loss`, `val/perplexity`, `val/bits_per_byte`
-    and `val/entropy` (mean entropy of the predictions, nats), over all tokens; those of a named validation set are
-    `val/NAME/loss` and so on.
+    and `val/entropy` (mean entropy of the predictions, nats), over all tokens; those of a named validation set
+    and of a phase are `val/NAME/loss` and so on.
 
     Args:
         config: sizes and options of the model.
@@ -128,17 +128,11 @@ class LanguageModule(TokenFormerModule):
         loss = self._model.loss(*batch[:2])
         return loss * getattr(batch, "weight", 1.0)
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Take a batch into account."""
-        return self.evaluate(batch, dataloader_idx)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Take a batch into account."""
-        return self.evaluate(batch, dataloader_idx)
-
     def _evaluated(self, trainer: Any, stage: str) -> dict[str, Any]:
         """The token files of the loaders, None where they are not known, by what their metrics' names begin with."""
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "phases"):
+            return {f"{phase.name}/": getattr(phase.data, stage, None) for phase in data.phases}
         found = {"": getattr(data, stage, None)}
         found |= {f"{name}/": tokens for name, tokens in getattr(data, "named", {}).items()}
         num_loaders = len(getattr(trainer, f"num_{stage}_batches"))  # a datamodule of the user's own names none
@@ -159,10 +153,12 @@ class LanguageModule(TokenFormerModule):
         return {}
 
     def evaluation(self, trainer: Any, stage: str) -> dict[str, Tensor]:
-        """Means over all tokens of all ranks, of each loader."""
+        """Means over all tokens of all ranks, of each loader; of phases, over those of all loaders too."""
         metrics: dict[str, Tensor] = {}
-        sums = trainer.strategy.reduce(self._sums, reduce_op="sum")
-        for (name, tokens), (nats, entropy, count) in zip(self._evaluated(trainer, stage).items(), sums, strict=True):
+        sums, evaluated = trainer.strategy.reduce(self._sums, reduce_op="sum"), self._evaluated(trainer, stage)
+        if "" not in evaluated:
+            sums, evaluated = torch.cat([sums, sums.sum(dim=0, keepdim=True)]), evaluated | {"": None}
+        for (name, tokens), (nats, entropy, count) in zip(evaluated.items(), sums, strict=True):
             nats, entropy = nats / count, entropy / count
             metrics |= {f"{name}loss": nats, f"{name}perplexity": nats.exp(), f"{name}entropy": entropy}
             if (split := getattr(tokens, "split", None)) is not None:
