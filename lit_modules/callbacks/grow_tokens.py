@@ -18,7 +18,7 @@ from lit_modules.growth.recipe import Recipe, grow_modules, rehearse
 from lit_modules.growth.stages import Stage, check_first, check_order, check_past, check_room, with_steps
 from lit_modules.growth.structure import freeze
 from lit_modules.modules.base import TokenFormerModule
-from lit_modules.optim.trained import check_grown
+from lit_modules.optim.trained import Train, check_grown
 from lit_modules.runs.length import num_steps
 from lit_modules.strategies.fsdp2 import FSDP2
 from lit_modules.strategies.new_parameters import check_strategy, register_new_parameters
@@ -38,7 +38,7 @@ class GrowParameterTokens(Callback):
     Args:
         stages: when and how far, in order.
         init: how new tokens start: zero_keys, anchored, segment_norm, pairs, split (all exact), random (the paper's).
-        train: all, or new: freeze everything that is older than the last growth.
+        train: all, or new: freeze what is older than the last growth; [new, head], or patterns of names: but for these.
         schedule: restart: the learning rate has a new warm-up and decay in each stage; continue: as without growth.
         scale: tau after growth: fixed; anneal to sqrt(tokens) within `anneal_steps`; learned (a trained gain for layers
             that have none); current (jumps to sqrt(tokens): the released code, not exact).
@@ -57,7 +57,7 @@ class GrowParameterTokens(Callback):
         self,
         stages: list[Stage],
         init: Init = "zero_keys",
-        train: Literal["all", "new"] = "all",
+        train: Train = "all",
         schedule: Literal["continue", "restart"] = "restart",
         scale: ScaleAfter = "fixed",
         anneal_steps: int = 1000,
@@ -84,7 +84,7 @@ class GrowParameterTokens(Callback):
         if self.old_lr_scale < 0:
             raise ValueError(f"old_lr_scale={self.old_lr_scale}: must be at least 0; train: new freezes old parameters")
         wide = any(stage.width for stage in self.stages)
-        if wide and (self.recipe.train == "new" or self.old_lr_scale != 1):
+        if wide and (self.recipe.train != "all" or self.old_lr_scale != 1):
             raise ValueError("width: all weights of a wider baseline are new: set train: all and old_lr_scale: 1")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -222,7 +222,7 @@ class TokenFormerModule(LightningModule, ABC):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
             return
         check_schedule(self.optim, steps, what)
-        for (name, start), end in zip(starts.items(), (*[*starts.values()][1:], steps), strict=True):
+        for (name, start), end in zip(starts.items(), [*starts.values(), steps][1:], strict=False):
             check_schedule(self.optim, end - start, f"the {end - start} steps of phase {name}")
 
     def _peak_lr(self) -> float:

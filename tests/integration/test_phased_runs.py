@@ -141,10 +141,14 @@ def test_what_can_not_be_is_refused(texts, tmp_path, options, stage, message):
 
 
 def test_classes_come_in_phases(images, tmp_path):
-    """One head over three classes; with an average, which is what is evaluated."""
+    """One head over three classes, trained on beside the new tokens; with an average, which is what is evaluated."""
     ema = {"class_path": "EMA", "init_args": {"decay": 0.5}}
+    stages = [{"at_phase": "one", "factor": 2.0}]
+    growth = {"stages": stages, "init": "segment_norm", "train": ["new", "head"]}
     phases = [("two", 2, {"classes": ["dark", "bright"]}), ("one", 2, {"classes": ["grey"]})]
-    config = phased(write_vision(tmp_path, images, [ema]), phases, 4)
+    config = phased(
+        write_vision(tmp_path, images, [ema, {"class_path": "GrowParameterTokens", "init_args": growth}]), phases, 4
+    )
     main(fit(config, tmp_path / "run"))
     _, two, one = matrix(tmp_path / "run")
     assert {"two/loss", "two/top1", "one/loss", "one/top1", "top1/forgetting", "loss/forgetting"} <= one.keys()
@@ -156,3 +160,8 @@ def test_classes_come_in_phases(images, tmp_path):
     assert found["top1"] == pytest.approx((16 * found["two/top1"] + 7 * found["one/top1"]) / 23)  # of 23 images
     assert float(one["top1/forgetting"]) == pytest.approx(float(two["two/top1"]) - float(one["two/top1"]))
     assert (tmp_path / "run/mistakes.png").exists()
+    saved = (torch.load(checkpoint_of(tmp_path / "run", step), weights_only=True) for step in (2, 4))
+    before, after = (checkpoint["current_model_state"] for checkpoint in saved)
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved == {"model.head.weight", "model.head.bias"}
+    assert after["model.backbone.blocks.0.ffn.segments.1.values"].any()
