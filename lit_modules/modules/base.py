@@ -6,7 +6,7 @@ One file: Lightning asks one class for all of them.
 import copy
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from lit_modules.strategies.ranks import data_parallel_rank
 from tokenformer.config import BackboneConfig
 from tokenformer.growth import pattention_layers
 from tokenformer.interop import initial_structure, load_initial_weights
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class TokenFormerModule(LightningModule, ABC):
@@ -118,7 +120,7 @@ class TokenFormerModule(LightningModule, ABC):
 
     # What callbacks and strategies ask for.
 
-    def start_structure(self, model: nn.Module) -> nn.Module:
+    def start_structure(self, model: Model) -> Model:
         """The model with the segments of `init_from`, where it starts from a model that has grown."""
         if self.init_from is not None:
             if self._initial_shapes is None:

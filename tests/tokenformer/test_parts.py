@@ -7,6 +7,7 @@ import torch
 
 from tests.tokenformer.test_anchored import tiny
 from tokenformer.growth import grow
+from tokenformer.interop import consolidated_state
 from tokenformer.parts import keep_segments, using_segments
 
 IDS = torch.randint(0, 100, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -48,6 +49,10 @@ def test_without_a_segment_it_is_the_model_from_before_it(init, layers):
         with torch.no_grad():  # what is left out is not used
             first.values.zero_()
         assert torch.equal(model(IDS), middle)
+    stored, block = consolidated_state(model), model.backbone.blocks[0]
+    assert all(
+        stored[f"backbone.blocks.0.ffn.segments.{i}.keys"].shape == block.ffn.segments[i].keys.shape for i in (1, 2)
+    )
     keep_segments(model, [0])
     assert torch.equal(model(IDS), outputs[0])
     assert all(len(block.ffn.segments) == 1 for block in model.backbone.blocks)
