@@ -19,9 +19,9 @@ from torchvision import transforms
 
 from datamodules.image_batches import AugmentedBatches, OrderedImages
 from datamodules.image_classes import read_class_map
-from datamodules.image_files import ENDINGS, Images
+from datamodules.image_files import ENDINGS, Images, Part
 from datamodules.image_sources import open_source, open_unlabelled
-from datamodules.image_splits import ImageFormat, Source, counted
+from datamodules.image_splits import ImageFormat, Source, counted, some
 from datamodules.loader import IGNORE, Loader, StreamDataModule, StreamLoader, loading, rank_and_world_size
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -40,6 +40,7 @@ class ImageDataModule(StreamDataModule):
         class_map: a text file, a line for each class in the order of the model's outputs: its name, and after tabs
             other names that it has in the data. For an evaluation of some of a model's classes, which are then told
             apart from each other only, or under other names. Default: the data's classes, in timm's order.
+        classes: names of classes: only images of these are in any split. The outputs stand for all classes as ever.
         image_size: height and width that the model sees, S.
         batch_size: images of a batch on each device, B.
         crop: of training images. resized: a random part, resized; padded: a random place on a black margin of S/8;
@@ -77,6 +78,7 @@ class ImageDataModule(StreamDataModule):
         image_column: str | None = None,
         label_column: str | None = None,
         class_map: str | None = None,
+        classes: list[str] | None = None,
         image_size: int = 224,
         batch_size: int = 128,
         crop: Literal["resized", "padded", "none"] = "resized",
@@ -168,6 +170,11 @@ class ImageDataModule(StreamDataModule):
         self._form = ImageFormat(val_fraction, image_column, label_column)
         self._given_source, self._class_map, self._given_names = source, class_map, class_names
         self.num_classes = len(self.class_names)
+        self.classes = classes
+        unknown = [name for name in classes or () if name not in self.class_names]
+        if unknown or classes == []:
+            listed = some(self.class_names, 10)
+            raise ValueError(f"data.classes={classes}: {some(unknown)} are not among the classes: {listed}")
         self.mix = Mixup(mixup, cutmix, label_smoothing=0, num_classes=self.num_classes) if mixup or cutmix else None
         self._images: dict[str, Images] = {}
         self._unreadable = torch.zeros(0, dtype=torch.bool)
@@ -224,6 +231,9 @@ class ImageDataModule(StreamDataModule):
         else:
             where = f"data.predict_source={self.predict_source!r}"
             images = open_unlabelled(self.predict_source, self._form)
+        if self.classes is not None and split != "predict":
+            numbers = [self.class_names.index(name) for name in self.classes]
+            images = Part(images, np.flatnonzero(np.isin(images.labels, numbers)))
         left_out = f"; left out: {counted(images.left_out)}" if images.left_out else ""
         if not len(images):
             raise ValueError(f"{where}: no images in it{left_out} (images end in {', '.join(ENDINGS)})")

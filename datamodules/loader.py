@@ -1,5 +1,6 @@
 """What text and images share: an endless shuffled stream for training, every sample once for evaluation. B batch."""
 
+import re
 import signal
 import time
 import traceback
@@ -116,6 +117,10 @@ class StreamLoader(Loader):
             self._stream.position += self._stream.global_batch  # counts what was handed out, not what was prefetched
             yield batch
 
+    def stop(self) -> None:
+        """End the workers; what they have prepared is prepared again when it is wanted."""
+        self._iterator = None
+
     def state_dict(self) -> dict[str, int]:
         """The position in the stream."""
         return {"position": self._stream.position}
@@ -123,11 +128,17 @@ class StreamLoader(Loader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a position, with any number of ranks and any batch size."""
         self._stream.position = state["position"]
-        self._iterator = None
+        self.stop()
 
 
 class StreamDataModule(LightningDataModule, ABC):
-    """Data whose training stream a resumed run continues: the same samples in the same order."""
+    """Data whose training stream a resumed run continues: the same samples in the same order.
+
+    Attributes:
+        phase_steps: optimizer steps of the phase that it is for; None for a whole run.
+    """
+
+    phase_steps: int | None = None
 
     @abstractmethod
     def order(self) -> dict[str, int | str]:
@@ -191,3 +202,15 @@ def check_sizes(seq_len: int, batch_size: int, seed: int, val_fraction: float) -
             raise ValueError(f"data.{name}={value}: must be at least {least}")
     if not 0 < val_fraction < 1:
         raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1")
+
+
+def check_part_of_name(name: str, where: str) -> None:
+    """Refuse a name that can't be a part of a metric's, `val/NAME/loss`.
+
+    Raises:
+        ValueError: for one with other characters than letters, digits, _ and -.
+    """
+    if not re.fullmatch(r"(?!raw_)\w[\w-]*", name):  # EMA's metrics begin with val/raw_
+        raise ValueError(
+            f"{where}: {name!r} is to be a part of a metric's name: give letters, digits, _ or -, and not raw_ first"
+        )

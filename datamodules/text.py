@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from datamodules.corpus import Corpus, Spec
-from datamodules.loader import StreamDataModule, check_sizes, loading, rank_and_world_size
+from datamodules.loader import StreamDataModule, check_part_of_name, check_sizes, loading, rank_and_world_size
 from datamodules.mixtures import BLOCK, Joined, repeated, shares_of
 from datamodules.reading import read_text
 from datamodules.sources import TextFormat
@@ -90,11 +90,7 @@ class TextDataModule(StreamDataModule):
                 "list, then give the tokenizer.json of that folder, which lies in data.cache_dir"
             )
         for name in val_sources or {}:
-            if not re.fullmatch(r"(?!raw_)\w[\w-]*", name):  # EMA's metrics begin with val/raw_
-                raise ValueError(
-                    f"data.val_sources: {name!r} is to be a part of a metric's name: give letters, digits, _ or -, "
-                    "and not raw_ first"
-                )
+            check_part_of_name(name, "data.val_sources")
         try:
             codecs.lookup(encoding)
         except LookupError as error:
@@ -233,9 +229,9 @@ class TextDataModule(StreamDataModule):
     def _say_what_is_repeated(self, loader: TrainLoader, shares: tuple[int, ...]) -> None:
         stream: Any = loader.dataset
         what, num_samples = "an epoch", stream.num_samples
-        if self.trainer is not None and self.trainer.max_steps > 0:
-            what = f"{self.trainer.max_steps} steps"
-            num_samples = self.trainer.max_steps * self.trainer.accumulate_grad_batches * stream.global_batch
+        if self.trainer is not None and (steps := self.phase_steps or self.trainer.max_steps) > 0:
+            what = f"{steps} steps"
+            num_samples = steps * self.trainer.accumulate_grad_batches * stream.global_batch
         times = repeated(shares, stream.sizes, num_samples)
         names = [corpus.name for corpus in self.corpora["train"]]
         if told := ", ".join(f"{names[i]} {often:.3g} times" for i, often in times.items()):

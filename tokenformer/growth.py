@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tokenformer.net2net import divide
 from tokenformer.operator import default_tau
+from tokenformer.parts import pattention_layers as pattention_layers
+from tokenformer.parts import remove_segments as remove_segments
 from tokenformer.pattention import Pattention
 from tokenformer.segment import TokenSegment
 
@@ -86,11 +88,6 @@ def grow_layers(
             layer.learn_tau()
         elif scale == "current":
             layer.set_tau_to_default()
-
-
-def pattention_layers(model: nn.Module) -> dict[str, Pattention]:
-    """The Pattention layers of a model by name."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Pattention)}
 
 
 def plan_growth(
@@ -273,26 +270,3 @@ def anneal_taus(model: nn.Module, steps_left: int) -> None:
     for layer in pattention_layers(model).values():
         for tau, goal in layer.default_taus():
             tau += (goal - tau) / steps_left
-
-
-def remove_segments(model: nn.Module, keep: int = 1) -> None:
-    """Leave each Pattention layer its first `keep` segments.
-
-    That is the model from before the growths after them, to the bit if those left the old tokens frozen.
-
-    Raises:
-        ValueError: when a segment would go in whose norm others take part, or `keep` is below 1. Nothing is changed
-            then.
-    """
-    if keep < 1:
-        raise ValueError(f"keep={keep}: a layer has at least one segment")
-    found = pattention_layers(model)
-    for name, layer in found.items():
-        for i, segment in enumerate(list(layer.segments)[keep:], keep):
-            if segment.tau is None and not segment.is_anchored:
-                raise ValueError(
-                    f"keep={keep}: segment {i} of {name} shares its norm with those before it, which would change: "
-                    "only tokens of init: anchored, segment_norm and pairs can be removed"
-                )
-    for layer in found.values():
-        del layer.segments[keep:]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from tokenformer.files import CONFIG, INDEX, PROCESSOR, WEIGHTS, check_size, is_
 from tokenformer.growth import COUNT_OF, pattention_layers
 from tokenformer.language import TokenFormerLM
 from tokenformer.pattention import Pattention
+from tokenformer.segment import TokenSegment
 from tokenformer.timm_models import folder_config, transformers_config
 from tokenformer.trained import read_trained
 from tokenformer.vision import TokenFormerViT
@@ -71,10 +72,14 @@ def from_pretrained(folder: str | Path) -> TokenFormerLM | TokenFormerViT:
     return model.eval()
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    whole, index = folder / WEIGHTS, folder / INDEX
+    return [whole] if whole.is_file() or not index.is_file() else shards(index)
+
+
 def _read_weights(folder: str | Path) -> dict[str, Tensor]:
-    whole, index = Path(folder) / WEIGHTS, Path(folder) / INDEX
     tensors: dict[str, Tensor] = {}
-    for file in [whole] if whole.is_file() or not index.is_file() else shards(index):
+    for file in _weight_files(Path(folder)):
         try:
             tensors |= load_file(file)
         except (OSError, SafetensorError) as error:
@@ -169,12 +174,10 @@ def consolidated_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _joined_segments(layer: Pattention) -> dict[str, Tensor]:
-    alike = [
-        part
-        for group in layer.norm_groups()
-        for part in ([s for s in group if not s.is_anchored], [s for s in group if s.is_anchored])
-        if part
-    ]
+    alike: list[list[TokenSegment]] = []
+    for group in layer.norm_groups():
+        anchored = [[segment] for segment in group if segment.is_anchored]  # each can be left out, or taken away
+        alike += [[segment for segment in group if not segment.is_anchored], *anchored]
     joined: dict[str, Tensor] = {}
     for i, group in enumerate(alike):
         first = group[0].state_dict()  # tau and its gain too, of a norm of its own
@@ -201,6 +204,30 @@ def load_trained(path: str | Path) -> TokenFormerLM | TokenFormerViT:
     if isinstance(joined, TokenFormerViT) and isinstance(model, TokenFormerViT):
         joined.pretrained_cfg = model.pretrained_cfg
     return joined.eval()
+
+
+def initial_structure(path: str | Path) -> tuple[LMConfig | ViTConfig, dict[str, torch.Size]]:
+    """What a model has that starts from this folder or checkpoint: its config, and the shapes of its tensors by name.
+
+    Raises:
+        ValueError: for what :func:`load_initial_weights` does not read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        with torch.device("meta"):
+            model, tensors = read_trained(path)
+        for name, layer in pattention_layers(model).items():
+            layer.match({key: tensor.shape for key, tensor in tensors.items()}, f"{name}.")
+        return present_config(model), {name: tensor.shape for name, tensor in consolidated_state(model).items()}
+    shapes: dict[str, torch.Size] = {}
+    config = read_config(path)
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, "pt") as opened:
+                shapes |= {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file}: not there, or corrupted: {error}") from error
+    return config, shapes
 
 
 def load_initial_weights(model: Any, folder: str | Path, same_classes: bool = True) -> bool:

@@ -15,10 +15,10 @@ from lit_modules.callbacks.ema import averages_of
 from lit_modules.callbacks.throughput import Throughput
 from lit_modules.growth.history import describe, write_growths
 from lit_modules.growth.recipe import Recipe, grow_modules, rehearse
-from lit_modules.growth.stages import Stage, check_order, check_past, check_room
+from lit_modules.growth.stages import Stage, check_first, check_order, check_past, check_room, with_steps
 from lit_modules.growth.structure import freeze
 from lit_modules.modules.base import TokenFormerModule
-from lit_modules.optim.trained import check_grown
+from lit_modules.optim.trained import Train, check_grown
 from lit_modules.runs.length import num_steps
 from lit_modules.strategies.fsdp2 import FSDP2
 from lit_modules.strategies.new_parameters import check_strategy, register_new_parameters
@@ -38,7 +38,7 @@ class GrowParameterTokens(Callback):
     Args:
         stages: when and how far, in order.
         init: how new tokens start: zero_keys, anchored, segment_norm, pairs, split (all exact), random (the paper's).
-        train: all, or new: freeze everything that is older than the last growth.
+        train: all, or new: freeze what is older than the last growth; [new, head], or patterns of names: but for these.
         schedule: restart: the learning rate has a new warm-up and decay in each stage; continue: as without growth.
         scale: tau after growth: fixed; anneal to sqrt(tokens) within `anneal_steps`; learned (a trained gain for layers
             that have none); current (jumps to sqrt(tokens): the released code, not exact).
@@ -57,7 +57,7 @@ class GrowParameterTokens(Callback):
         self,
         stages: list[Stage],
         init: Init = "zero_keys",
-        train: Literal["all", "new"] = "all",
+        train: Train = "all",
         schedule: Literal["continue", "restart"] = "restart",
         scale: ScaleAfter = "fixed",
         anneal_steps: int = 1000,
@@ -84,7 +84,7 @@ class GrowParameterTokens(Callback):
         if self.old_lr_scale < 0:
             raise ValueError(f"old_lr_scale={self.old_lr_scale}: must be at least 0; train: new freezes old parameters")
         wide = any(stage.width for stage in self.stages)
-        if wide and (self.recipe.train == "new" or self.old_lr_scale != 1):
+        if wide and (self.recipe.train != "all" or self.old_lr_scale != 1):
             raise ValueError("width: all weights of a wider baseline are new: set train: all and old_lr_scale: 1")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -96,6 +96,8 @@ class GrowParameterTokens(Callback):
 
     def check_settings(self, trainer: Trainer, pl_module: TokenFormerModule) -> None:
         """Refuse what can't be grown so; before any data is prepared."""
+        self.stages = with_steps(self.stages, getattr(trainer, "datamodule", None))
+        check_first(self.stages[0], pl_module.init_from)
         check_strategy(trainer.strategy)
         if isinstance(trainer.strategy, FSDP2):
             self._check_sharded(pl_module)
@@ -112,7 +114,7 @@ class GrowParameterTokens(Callback):
                 names = check_grown(grown, names, pl_module.trained)
                 if isinstance(trainer.strategy, FSDP2):
                     check_divisible(grown, trainer.strategy.tensor_parallel_size)
-        known = trainer.max_steps > 0 and all(stage.at_step for stage in self.stages)
+        known = trainer.max_steps > 0 and all(stage.at_step is not None for stage in self.stages)
         if known and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._check_room([stage.at_step for stage in self.stages], trainer, pl_module)
 
@@ -154,7 +156,7 @@ class GrowParameterTokens(Callback):
             pl_module.update_optimizer()  # tells at once if it can't be
         applied, tokens = self._applied(pl_module), self._counter(trainer).tokens
         check_past(self.stages, self._saved_stages, pl_module.growths, trainer.global_step, tokens)
-        if [asdict(stage) for stage in self.stages][applied : applied + 1] != self._saved_stages[applied : applied + 1]:
+        if self.stages[applied : applied + 1] != [*map(Stage.from_dict, self._saved_stages[applied : applied + 1])]:
             self._best, self._bad = math.inf, 0  # of another metric, maybe
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             steps = self._steps(trainer, pl_module)

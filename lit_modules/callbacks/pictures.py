@@ -4,6 +4,7 @@ from heapq import nlargest
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -25,7 +26,9 @@ class Pictures(Callback):
 
     def __init__(self) -> None:
         self._batch_shown = False
-        self._mistakes: list[tuple[float, int, int, int, float]] = []  # loss, place, label, taken for, probability
+        self._mistakes: list[
+            tuple[float, int, int, int, int, float]
+        ] = []  # loss, loader, place, label, taken for, probability
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -49,11 +52,14 @@ class Pictures(Callback):
         self._mistakes = []
 
     @rank_zero_only
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         _, labels, places = batch
         probability, taken_for = outputs["logits"].softmax(dim=-1).max(dim=-1)
         wrong = (taken_for != labels) & (labels != IGNORE)
-        columns = (t[wrong].tolist() for t in (outputs["losses"], places, labels, taken_for, probability))
+        loader = torch.full_like(labels, dataloader_idx)
+        columns = (t[wrong].tolist() for t in (outputs["losses"], loader, places, labels, taken_for, probability))
         self._mistakes = nlargest(SHOWN, [*self._mistakes, *zip(*columns, strict=True)])
 
     @rank_zero_only
@@ -67,8 +73,9 @@ class Pictures(Callback):
         figure = Figure(figsize=(8, 8.8))
         for axes in figure.subplots(4, 4).flat:
             axes.axis("off")
-        for axes, (_, place, label, taken_for, probability) in zip(figure.axes, self._mistakes, strict=False):
-            axes.imshow(data.image_of("val", place).permute(1, 2, 0).numpy(), cmap="gray")  # for one channel
+        for axes, (_, loader, place, label, taken_for, probability) in zip(figure.axes, self._mistakes, strict=False):
+            owner = data.phases[loader].data if hasattr(data, "phases") else data
+            axes.imshow(owner.image_of("val", place).permute(1, 2, 0).numpy(), cmap="gray")  # for one channel
             axes.set_title(f"{names[label]}\nas {names[taken_for]} ({probability:.0%})", fontsize=8)
         figure.subplots_adjust(0.02, 0.02, 0.98, 0.9, 0.1, 0.35)  # an automatic layout takes thrice as long
         figure.suptitle(f"worst mistakes at step {trainer.global_step}")

@@ -69,11 +69,9 @@ class Summary(Callback):
             asks = pl_module.predict_option  # where the data has that key
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             asks = f" {asks}" if hasattr(data, asks.split()[0].removeprefix("--data.")) else ""
-            lines += [
-                "next:",
-                f"  tokenformer validate --config {config} --ckpt_path {best}",
-                f"  tokenformer predict --config {config} --ckpt_path {best}{asks}",
-            ]
+            lines += ["next:", f"  tokenformer validate --config {config} --ckpt_path {best}"]
+            if not hasattr(data, "phases"):
+                lines.append(f"  tokenformer predict --config {config} --ckpt_path {best}{asks}")
             if isinstance(pl_module, LanguageModule):
                 lines.append(f"  tokenformer generate {best} --prompt TEXT")
             if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):

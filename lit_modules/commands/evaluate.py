@@ -5,6 +5,7 @@ was measured on the whole tasks.
 
   tokenformer evaluate models/150m --tasks lambada_openai,hellaswag,piqa --out scores.json
   tokenformer evaluate runs/small/20260131-120000-ab12/checkpoints/step-00002000.ckpt --local data/eval --limit 100
+  tokenformer evaluate models/grown --tasks piqa --segments 0 2
 
 Tasks come from the Hugging Face hub. With --local they come from the files TASK*.jsonl in a folder, in the formats of
 the data sets, and nothing is downloaded.
@@ -17,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
+from lit_modules.commands.segments import add_segments, keep_asked
 from lit_modules.modules.loading import Weights
 
 # Column, task and metric of the paper's table: length-normalised accuracy where the choices differ in length the most.
@@ -140,6 +142,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's own")
     parser.add_argument("--weights", choices=get_args(Weights), default="average", help="of a checkpoint with EMA")
     parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the model's)")
+    add_segments(parser)
     given = parser.parse_args(args)
     if given.limit is not None and given.limit < 1:
         raise ValueError(f"--limit {given.limit}: must be at least 1")
@@ -151,6 +154,7 @@ def main(args: list[str]) -> None:
     from lit_modules.commands.lm_eval_model import LMEvalModel
 
     model = LMEvalModel(given.source, given.batch_size, given.device, given.dtype, given.weights, given.tokenizer)
+    keep_asked(model.model, given.segments)
     rows = evaluate(model, given.tasks.split(","), given.local, given.limit)
     whole = given.local is None and given.limit is None
     print(table(given.source.stem, rows, whole))
@@ -161,6 +165,7 @@ def main(args: list[str]) -> None:
             "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
             "rows_from": "hub" if given.local is None else str(given.local),
             "limit": given.limit,
+            "segments": " ".join(given.segments),
             "lm_eval": version("lm_eval"),
             "scores": rows,
         }

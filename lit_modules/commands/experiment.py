@@ -21,8 +21,10 @@ import datamodules.images
 import datamodules.instructions
 import datamodules.text  # noqa: F401  (makes their classes known by short names)
 from datamodules.loader import StreamDataModule
+from datamodules.phases import PhasedDataModule
 from lit_modules.callbacks import (
     Checkpoint,
+    ContinualMatrix,
     EvaluationRow,
     FreeSpace,
     ImagePredictions,
@@ -40,7 +42,15 @@ from lit_modules.callbacks.checkpoint import RunCheckpoint
 from lit_modules.callbacks.watchdog import end_with
 from lit_modules.checkpoints.reading import read_header
 from lit_modules.checkpoints.writing import AtomicCheckpointIO, remove_partial_checkpoints
-from lit_modules.commands.given import SIZES, InstantiateModel, SaveConfig, as_list, check_options, size_of_data
+from lit_modules.commands.given import (
+    SIZES,
+    InstantiateModel,
+    SaveConfig,
+    as_list,
+    check_options,
+    size_of_data,
+    take_sizes,
+)
 from lit_modules.commands.parser import ArgumentParser
 from lit_modules.commands.plan import num_devices, plan
 from lit_modules.commands.run_folder import config_name, replace_links, resolve_run
@@ -163,8 +173,11 @@ class ExperimentCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Decide on the run's folder and the checkpoint to start from."""
-        config = self.config[self.config.subcommand]
-        config.name = config.name or config_name(sys.argv[1:] if self._args is None else self._args, config.model)
+        config, args = self.config[self.config.subcommand], sys.argv[1:] if self._args is None else self._args
+        if config.model.get("init_args", {}).get("init_from") and self.config.subcommand != "prepare":
+            typed = self.parser.parse_args(args, defaults=False)
+            take_sizes(config.model, typed[self.config.subcommand].model)
+        config.name = config.name or config_name(args, config.model)
         check_options(self.config.subcommand, config.trainer)
         if self.config.subcommand == "plan" and config.devices is None:
             config.devices = num_devices(config.trainer.devices, config.trainer.num_nodes)
@@ -229,6 +242,8 @@ class ExperimentCLI(LightningCLI):
             always += [ImagePredictions(), Pictures(), EvaluationRow(saved.name, folder / "results.csv")]
         elif known and isinstance(self.model, LanguageModule):
             always.append(TokenPredictions())
+        if isinstance(self.datamodule, PhasedDataModule) and isinstance(self.model, TokenFormerModule):
+            always.append(ContinualMatrix())
         has_bar = any(isinstance(callback, ProgressBar) for callback in as_list(config.callbacks))
         if config.enable_progress_bar is not False and not has_bar:
             always.append(Progress())

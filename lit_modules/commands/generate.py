@@ -9,6 +9,7 @@ end-of-text token, with a --stop, which is left out, or after --max_new_tokens.
   tokenformer generate models/150m --prompt "One: " --prompt "Two: " --prompt_file letter.txt --temperature 0
   tokenformer generate models/150m --prompt "Once upon" --num_samples 3 --max_new_tokens 5000 --crop
   tokenformer generate models/150m --interactive --stop "Q:"
+  tokenformer generate models/grown --prompt "Once upon" --segments first 2
 
 Prompts are read together and printed one after the other; what is written for one does not depend on the others. The
 same seed gives the same texts.
@@ -30,6 +31,7 @@ import torch
 
 from datamodules.reading import read_text
 from lit_modules.commands.interactive import interact
+from lit_modules.commands.segments import add_segments, keep_asked
 from lit_modules.commands.streaming import Text
 from lit_modules.commands.tokenizers import check_tokenizer, tokenizer_of
 from lit_modules.modules.loading import load_model
@@ -130,8 +132,9 @@ def main(args: list[str]) -> None:
     )
     parser.add_argument("--interactive", action="store_true", help="go on with lines of the terminal, as one text")
     parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the model's)")
+    add_segments(parser)
     given = vars(parser.parse_args(args))
-    source, tokenizer = given.pop("source"), given.pop("tokenizer")
+    source, tokenizer, segments = (given.pop(name) for name in ("source", "tokenizer", "segments"))
     num_samples = given.pop("num_samples")
     if num_samples < 1:
         raise ValueError(f"--num_samples {num_samples}: must be at least 1")
@@ -153,6 +156,7 @@ def main(args: list[str]) -> None:
     model = load_model(source)
     if not isinstance(model, TokenFormerLM):
         raise ValueError(f"{source} is an image model and writes no text: `tokenformer predict` names images")
+    keep_asked(model, segments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     model.to("cuda" if torch.cuda.is_available() else "cpu")

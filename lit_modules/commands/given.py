@@ -13,6 +13,7 @@ from lightning.pytorch.cli import SaveConfigCallback, _InstantiatorFn
 from lit_modules.commands.plan import num_devices
 from lit_modules.runs.options import refuse_callbacks, refuse_settings
 from tokenformer import LMConfig, ViTConfig
+from tokenformer.interop import FREE, initial_structure
 
 SIZES = {"vocab_size": LMConfig, "num_classes": ViTConfig}  # of the tokenizer, of the images; whose config has them
 
@@ -51,6 +52,31 @@ def size_of_data(name: str, size: int, model: Namespace, args: list[str]) -> int
             f"model.config.{name}={given}, but the data has {size}: leave it out, it is taken from the data"
         )
     return size
+
+
+def take_sizes(model: Namespace, given: Namespace) -> None:
+    """Give `model.config` the sizes of the model that it starts from, `model.init_from`.
+
+    Args:
+        model: its part of the config, which is changed.
+        given: what of it was typed, in files or on the command line.
+
+    Raises:
+        ValueError: when a size that was typed is another, with both.
+    """
+    start = model.init_args.get("init_from")
+    if not start or "config" not in model.init_args or model.init_args.get("timm_model"):
+        return
+    sizes, config = dataclasses.asdict(initial_structure(start)[0]), model.init_args.config
+    if sizes.keys() != vars(config).keys():  # of the other kind, which the module refuses
+        return
+    typed = vars(given.init_args.get("config", Namespace())) if "init_args" in given else {}
+    wrong = {name: size for name, size in typed.items() if name not in FREE and size != sizes[name]}
+    if wrong:
+        listed = ", ".join(f"model.config.{name}={size} ({sizes[name]} there)" for name, size in wrong.items())
+        raise ValueError(f"model.init_from={start} has a model of other sizes than {listed}: leave these out")
+    for name in sizes.keys() - typed.keys() - SIZES.keys() - {"drop_path"}:  # which is of this training
+        config[name] = sizes[name]
 
 
 class InstantiateModel(_InstantiatorFn):

@@ -14,7 +14,7 @@ from lit_modules.callbacks import GrowParameterTokens
 from lit_modules.commands import plan_devices
 from lit_modules.growth.history import count_by_kind
 from lit_modules.growth.recipe import rehearse
-from lit_modules.growth.stages import Stage
+from lit_modules.growth.stages import Stage, with_steps
 from lit_modules.modules.language import LanguageModule
 from lit_modules.optim.trained import trained_names
 from tokenformer.cost import Memory, Phase, cumulative_flops, marginal_flops, muon_flops, training_memory
@@ -150,7 +150,7 @@ def plan_rows(model: LanguageModule, datamodule: Any, trainer: Any, devices: int
         given = f"trainer.max_steps={trainer.max_steps}"
         raise ValueError(f"{given}: plan needs the number of steps; those of epochs depend on the data")
     growth = _growth(trainer)
-    stages = growth.stages if growth else []
+    stages = with_steps(growth.stages, datamodule) if growth else []
     per_step = datamodule.batch_size * datamodule.seq_len * devices * trainer.accumulate_grad_batches
     bounds = [*_starts(stages, per_step, trainer.max_steps), trainer.max_steps]
 
@@ -210,10 +210,10 @@ def _starts(stages: Sequence[Stage], per_step: int, max_steps: int) -> list[int 
     starts: list[int | None] = [0]
     for i, stage in enumerate(stages, 1):
         step = stage.at_step if stage.at_tokens is None else math.ceil(stage.at_tokens / per_step)
-        last = max(start for start in starts if start is not None)
+        last = max((start for start in starts[1:] if start is not None), default=-1)
         if step is not None and not last < step < max_steps:
             raise ValueError(
-                f"stage {i} {stage} comes at step {step}: must be after step {last} and before "
+                f"stage {i} {stage} comes at step {step}: must be after step {max(last, 0)} and before "
                 f"trainer.max_steps={max_steps}"
             )
         starts.append(step)

@@ -33,6 +33,8 @@ def tokenizer_of(path: Path, given: str | None = None) -> Tokenizer:
     if (path / "tokenizer.json").is_file():
         return load_tokenizer(str(path / "tokenizer.json"))
     data = config_of(path).get("data", {})
+    if phases := data.get("init_args", {}).get("phases"):  # which have one tokenizer
+        data = phases[0]["data"]
     kind: Any = READ_TEXT.get(data.get("class_path", "").rsplit(".", 1)[-1])
     if kind is None:
         raise ValueError(

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from lit_modules.growth.history import count_by_kind
 from lit_modules.growth.stages import Stage
+from lit_modules.optim.trained import Train, as_patterns, trained_after_growth
 from tokenformer.growth import (
     Init,
     ScaleAfter,
@@ -25,13 +26,15 @@ class Recipe:
     scale: ScaleAfter = "fixed"
     layers: str | list[str] = "all"
     seed: int = 0
-    train: Literal["all", "new"] = "all"
+    train: Train = "all"
 
     def __post_init__(self) -> None:
-        for name, choices in (("init", Init), ("scale", ScaleAfter), ("train", Literal["all", "new"])):
+        for name, choices in (("init", Init), ("scale", ScaleAfter)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(get_args(choices))}")
-        if self.train == "new" and self.init == "split":
+        if self.train != "all" and "new" not in as_patterns(self.train):
+            raise ValueError(f"train={self.train!r}: choose all, new, or new and what else is trained: [new, head]")
+        if self.train != "all" and self.init == "split":
             raise ValueError("train: new keeps the old tokens as they are, init: split divides their values")
 
 
@@ -57,8 +60,10 @@ def rehearse(model: Any, stages: Sequence[Stage], recipe: Recipe, verify: bool =
                 old = dict(model.named_parameters())
                 planned = _planned(model, stage, recipe)
                 grow_layers(model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed)
-                for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(recipe.train == "all" or name not in old)
+                parameters = dict(model.named_parameters())
+                trained = trained_after_growth(model, recipe.train, parameters.keys() - old.keys())
+                for name, parameter in parameters.items():
+                    parameter.requires_grad_(name in trained)
         except ValueError as error:
             raise ValueError(f"stage {i + 1} {stage}: {error}") from error
         yield model

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from lit_modules.optim.config import OptimConfig
@@ -39,7 +39,8 @@ class Stage:
     """When to grow, and how far. Exactly one moment; counts or a factor.
 
     Attributes:
-        at_step: before this optimizer step (0 is the first).
+        at_step: before this optimizer step. 0 is the first: for a model that starts from `model.init_from`.
+        at_phase: before the first step of this phase of the data (PhasedDataModule).
         at_tokens: at the first step that begins with so many training tokens behind it.
         on_plateau: after a validation, when a metric has stopped getting better.
         qkv: parameter tokens of each query, key and value projection afterwards.
@@ -51,6 +52,7 @@ class Stage:
     """
 
     at_step: int | None = None
+    at_phase: str | None = None
     at_tokens: float | None = None
     on_plateau: Plateau | None = None
     qkv: int | None = None
@@ -60,16 +62,16 @@ class Stage:
     width: int | None = None
 
     def __post_init__(self) -> None:
-        moments = (self.at_step, self.at_tokens, self.on_plateau)
+        moments = (self.at_step, self.at_phase, self.at_tokens, self.on_plateau)
         if sum(moment is not None for moment in moments) != 1:
-            raise ValueError(f"stage {self}: give one of at_step, at_tokens, on_plateau")
+            raise ValueError(f"stage {self}: give one of at_step, at_phase, at_tokens, on_plateau")
         counted = any(count is not None for count in self.counts.values())
         if sum([counted, self.factor is not None, self.width is not None]) != 1:
             raise ValueError(f"stage {self}: give a factor, or some of qkv, proj, ffn (for a baseline: width)")
         if self.factor is not None and not 1 < self.factor < math.inf:
             raise ValueError(f"stage {self}: factor must be above 1, growth only adds")
-        if self.at_step is not None and self.at_step < 1:
-            raise ValueError(f"stage {self}: at_step must be at least 1; model.config has the size to begin with")
+        if self.at_step is not None and self.at_step < 0:
+            raise ValueError(f"stage {self}: at_step must be at least 0")
         if self.at_tokens is not None and not self.at_tokens > 0:
             raise ValueError(f"stage {self}: at_tokens must be above 0; model.config has the size to begin with")
 
@@ -91,13 +93,40 @@ class Stage:
         return "{" + ", ".join(f"{name}: {value}" for name, value in asdict(self).items() if value is not None) + "}"
 
 
+def with_steps(stages: Sequence[Stage], data: Any) -> list[Stage]:
+    """The stages, those of a phase with its first step, which the datamodule says.
+
+    Raises:
+        ValueError: for a phase that it does not have.
+    """
+    starts: dict[str, int] = getattr(data, "phase_starts", {})
+    for stage in stages:
+        if stage.at_phase is not None and stage.at_phase not in starts:
+            known = f"choose one of {', '.join(starts)}" if starts else "the data have no phases"
+            raise ValueError(f"stage {stage}: at_phase: {known}")
+    return [replace(s, at_phase=None, at_step=starts[s.at_phase]) if s.at_phase else s for s in stages]
+
+
+def check_first(stage: Stage, init_from: str | None) -> None:
+    """A growth at step 0 has something to keep.
+
+    Raises:
+        ValueError: when the model begins at random.
+    """
+    if stage.at_step == 0 and init_from is None:
+        raise ValueError(
+            f"stage 1 {stage}: grows a model that has learned nothing yet: give model.init_from, or let model.config "
+            "have the size to begin with"
+        )
+
+
 def check_order(stages: Sequence[Stage], steps: Sequence[int | None], max_steps: int) -> None:
     """The stages are in order and come before the end; `steps` has None where a step is not known yet.
 
     Raises:
         ValueError: naming the first that is not.
     """
-    last = 0
+    last = -1
     for i, (stage, step) in enumerate(zip(stages, steps, strict=True)):
         if step is None:
             continue
@@ -117,12 +146,13 @@ def check_room(
         ValueError: naming the first that has not.
     """
     known = [step for step in steps if step is not None]
-    for i, (start, end) in enumerate(zip((0, *known), (*known, max_steps), strict=True)):
+    starts = known if 0 in known else [0, *known]
+    for start, end in zip(starts, (*starts[1:], max_steps), strict=True):
         if end < 0:
             break
         if restarts:
             check_schedule(optim, end - start, f"steps {start} to {end}, a stage of schedule: restart")
-        if i and anneal_steps > end - start:
+        if start in known and anneal_steps > end - start:
             raise ValueError(f"anneal_steps={anneal_steps} don't fit into steps {start} to {end} of a stage")
 
 
@@ -141,17 +171,18 @@ def check_past(
     Raises:
         ValueError: if not, with both.
     """
-    wanted = [asdict(stage) for stage in stages]
-    past = [record["asked"] for record in growths if record["stage"] is not None]
-    agrees = wanted[: len(past)] == past
+    # From dictionaries, since those of older versions lack what came later.
+    past = [Stage.from_dict(record["asked"]) for record in growths if record["stage"] is not None]
+    before = [Stage.from_dict(stage) for stage in saved]
+    agrees = list(stages[: len(past)]) == past
     for i, stage in enumerate(stages[len(past) :], len(past)):
-        if wanted[i : i + 1] != saved[i : i + 1]:  # new: must not have been due before
+        if [stage] != before[i : i + 1]:  # new: must not have been due before
             agrees &= stage.at_step is None or stage.at_step >= step
             agrees &= stage.at_tokens is None or stage.at_tokens >= tokens
     if not agrees:
         raise ValueError(
             f"the stages contradict the past of this run, at step {step} with {len(past)} of them done.\n"
-            f"  of the checkpoint: {'; '.join(str(Stage.from_dict(stage)) for stage in saved or past) or 'none'}\n"
+            f"  of the checkpoint: {'; '.join(map(str, before or past)) or 'none'}\n"
             f"  of this config:    {'; '.join(map(str, stages))}\n"
             "Stages that are done must stay as they were; new ones must lie ahead."
         )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lit_modules.optim.trained import trained_names
+from lit_modules.optim.trained import trained_after_growth, trained_names
 from tokenformer.files import check_size
 from tokenformer.growth import anneal_taus, pattention_layers
 
@@ -32,11 +32,12 @@ def match_structure(module: Any, saved: Mapping[str, Any], growths: list[dict[st
 
 
 def freeze(module: Any) -> None:
-    """In a training freeze what `model.train` leaves out and, after a growth of `train: new`, all that is older."""
+    """In a training freeze what `model.train` leaves out and, after a growth of `train: new`, what is older."""
     in_training, grows = module._trainer is not None, bool(pattention_layers(module.model))
     trained = trained_names(module.model, module.trained if in_training else "all")
-    if in_training and module.growths and module.growths[-1]["train"] == "new":
-        trained &= set(module.growths[-1]["new"])
+    if in_training and module.growths:
+        last = module.growths[-1]
+        trained &= trained_after_growth(module.model, last["train"], last["new"])
     for name, parameter in module.model.named_parameters():
         if grows or name not in trained:  # a timm model may have parameters that are never trained
             parameter.requires_grad_(name in trained)

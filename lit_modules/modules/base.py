@@ -6,7 +6,7 @@ One file: Lightning asks one class for all of them.
 import copy
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,10 @@ from lit_modules.runs.logs import is_log_step
 from lit_modules.runs.options import refuse_callbacks, refuse_settings
 from lit_modules.strategies.ranks import data_parallel_rank
 from tokenformer.config import BackboneConfig
-from tokenformer.interop import load_initial_weights
+from tokenformer.growth import pattention_layers
+from tokenformer.interop import initial_structure, load_initial_weights
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class TokenFormerModule(LightningModule, ABC):
@@ -64,6 +67,7 @@ class TokenFormerModule(LightningModule, ABC):
         self.learning_rate = LearningRate(optim)
         self.old_lr_scale = 1.0
         self.skipped: Tensor | None = None
+        self._initial_shapes: dict[str, torch.Size] | None = None  # of the tensors in `init_from`
         self._head_fits = True  # whether `init_from` has the data's classes, if it says them
         self._head_is_new = False  # since `init_from` has other classes, or it is what `train` asks for
         self._overfits = False  # trains on the same few batches again and again
@@ -115,6 +119,15 @@ class TokenFormerModule(LightningModule, ABC):
         """Metrics over all batches of all ranks since :meth:`start_evaluation`, by name; `stage` is val or test."""
 
     # What callbacks and strategies ask for.
+
+    def start_structure(self, model: Model) -> Model:
+        """The model with the segments of `init_from`, where it starts from a model that has grown."""
+        if self.init_from is not None:
+            if self._initial_shapes is None:
+                self._initial_shapes = initial_structure(self.init_from)[1]
+            for name, layer in pattention_layers(model).items():
+                layer.match(self._initial_shapes, f"{name}.")
+        return model
 
     def empty_copy(self) -> "TokenFormerModule":
         """A module of the same config with a model of its own, sharded alike; to hold an average."""
@@ -206,9 +219,13 @@ class TokenFormerModule(LightningModule, ABC):
                 f"{what}: optim.schedule={self.optim.schedule} needs the number of steps: give trainer.max_steps or "
                 "trainer.max_epochs, or optim.schedule=constant"
             )
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
-            check_schedule(self.optim, steps, what)
-        self.learning_rate.max_steps = steps
+        starts = getattr(getattr(self.trainer, "datamodule", None), "phase_starts", {})
+        self.learning_rate.restarts, self.learning_rate.max_steps = list(starts.values()), steps
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step of the warm-up is all it makes
+            return
+        check_schedule(self.optim, steps, what)
+        for (name, start), end in zip(starts.items(), [*starts.values(), steps][1:], strict=False):
+            check_schedule(self.optim, end - start, f"the {end - start} steps of phase {name}")
 
     def _peak_lr(self) -> float:
         """The peak rate for as many samples as an optimizer step has."""
@@ -299,9 +316,9 @@ class TokenFormerModule(LightningModule, ABC):
         """Forget the last validation."""
         self.start_evaluation(self.trainer, "val")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Take a batch into account."""
-        return self.evaluate(batch)
+        return self.evaluate(batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
@@ -311,9 +328,9 @@ class TokenFormerModule(LightningModule, ABC):
         """Forget the last test."""
         self.start_evaluation(self.trainer, "test")
 
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Take a batch into account."""
-        return self.evaluate(batch)
+        return self.evaluate(batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics."""

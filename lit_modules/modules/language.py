@@ -28,14 +28,14 @@ class LanguageModule(TokenFormerModule):
     """A TokenFormer (or Transformer baseline: `config.baseline`) that learns to predict the next token.
 
     Logs what TokenFormerModule logs (the loss in nats a token), and `val/loss`, `val/perplexity`, `val/bits_per_byte`
-    and `val/entropy` (mean entropy of the predictions, nats), over all tokens; those of a named validation set are
-    `val/NAME/loss` and so on.
+    and `val/entropy` (mean entropy of the predictions, nats), over all tokens; those of a named validation set
+    and of a phase are `val/NAME/loss` and so on.
 
     Args:
         config: sizes and options of the model.
         optim: the optimizer and its schedule.
-        init_from: folder of an exported or imported model to start from, in place of random weights. `config` has to
-            be of its sizes.
+        init_from: folder of an exported or imported model, or a checkpoint, to start from in place of random weights,
+            grown or not. In a YAML and on the command line `config` takes its sizes from there.
         train: all, or patterns of the names of parameters, such as `backbone.blocks.11.*`; the rest is frozen.
         compile: compile each block with torch.compile: a minute at the start, faster steps.
         checkpoint_activations: keep only each block's input for the backward pass; less memory, a third more work.
@@ -81,7 +81,7 @@ class LanguageModule(TokenFormerModule):
 
     def build_model(self, width: int = 1) -> TokenFormerLM:
         """The model before any growth, `width` times as wide."""
-        return TokenFormerLM(widened(self.config, width))
+        return self.start_structure(TokenFormerLM(widened(self.config, width)))
 
     def set_model(self, model: TokenFormerLM) -> None:  # type: ignore[override]
         """Make this the model: as it is to be trained, checkpointed, compiled and sharded."""
@@ -128,17 +128,11 @@ class LanguageModule(TokenFormerModule):
         loss = self._model.loss(*batch[:2])
         return loss * getattr(batch, "weight", 1.0)
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Take a batch into account."""
-        return self.evaluate(batch, dataloader_idx)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Take a batch into account."""
-        return self.evaluate(batch, dataloader_idx)
-
     def _evaluated(self, trainer: Any, stage: str) -> dict[str, Any]:
         """The token files of the loaders, None where they are not known, by what their metrics' names begin with."""
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "phases"):
+            return {f"{phase.name}/": getattr(phase.data, stage, None) for phase in data.phases}
         found = {"": getattr(data, stage, None)}
         found |= {f"{name}/": tokens for name, tokens in getattr(data, "named", {}).items()}
         num_loaders = len(getattr(trainer, f"num_{stage}_batches"))  # a datamodule of the user's own names none
@@ -159,10 +153,12 @@ class LanguageModule(TokenFormerModule):
         return {}
 
     def evaluation(self, trainer: Any, stage: str) -> dict[str, Tensor]:
-        """Means over all tokens of all ranks, of each loader."""
+        """Means over all tokens of all ranks, of each loader; of phases, over those of all loaders too."""
         metrics: dict[str, Tensor] = {}
-        sums = trainer.strategy.reduce(self._sums, reduce_op="sum")
-        for (name, tokens), (nats, entropy, count) in zip(self._evaluated(trainer, stage).items(), sums, strict=True):
+        sums, evaluated = trainer.strategy.reduce(self._sums, reduce_op="sum"), self._evaluated(trainer, stage)
+        if "" not in evaluated:
+            sums, evaluated = torch.cat([sums, sums.sum(dim=0, keepdim=True)]), evaluated | {"": None}
+        for (name, tokens), (nats, entropy, count) in zip(evaluated.items(), sums, strict=True):
             nats, entropy = nats / count, entropy / count
             metrics |= {f"{name}loss": nats, f"{name}perplexity": nats.exp(), f"{name}entropy": entropy}
             if (split := getattr(tokens, "split", None)) is not None:

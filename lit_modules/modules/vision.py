@@ -40,8 +40,9 @@ class VisionModule(TokenFormerModule):
     """A TokenFormerViT, Transformer baseline (`config.baseline`) or any timm model, that learns to name images.
 
     Logs what TokenFormerModule logs, and `val/loss` (cross-entropy in nats, no smoothing), `val/top1` and `val/top5`
-    (shares of 1), over all images, each once; with `data.skip_unreadable` also `train/unreadable`, how many training
-    images could not be read since the run was started or resumed.
+    (shares of 1), over all images, each once; those of a phase of the data are `val/NAME/loss` and `val/NAME/top1`.
+    With `data.skip_unreadable` also `train/unreadable`, how many training images could not be read since the run was
+    started or resumed.
 
     Args:
         config: sizes and options of the model.
@@ -50,7 +51,8 @@ class VisionModule(TokenFormerModule):
             `image_size`, `in_channels` and `drop_path`.
         timm_args: further arguments of `timm.create_model`, such as {embed_dim: 96, depth: 4}.
         label_smoothing: share of a target that is spread over all classes, in training.
-        init_from: folder of an exported or imported model of `config`'s sizes to start from, not from random weights.
+        init_from: folder of an exported or imported model, or a checkpoint, to start from in place of random weights,
+            grown or not. In a YAML and on the command line `config` takes its sizes from there.
         train: all, head (a new classifier on frozen features, a linear probe), or patterns of the names of parameters,
             such as `backbone.blocks.11.*`; the rest is frozen, in eval mode.
         distill: a teacher whose predictions are learned too, in training; evaluation goes by the labels.
@@ -121,7 +123,7 @@ class VisionModule(TokenFormerModule):
         """The model before any growth, `width` times as wide."""
         config = self.config
         if self.timm_model is None:
-            return TokenFormerViT(widened(config, width))
+            return self.start_structure(TokenFormerViT(widened(config, width)))
         drop_path = {"drop_path_rate": config.drop_path} if config.drop_path else {}
         return create(self.timm_model, drop_path | self.timm_args, config, "model.timm_model")
 
@@ -263,7 +265,8 @@ class VisionModule(TokenFormerModule):
         self._top1.reset()
         self._top5.reset()
         wide = torch.float32 if self.device.type == "mps" else torch.float64
-        self._sums = torch.zeros(2, dtype=wide, device=self.device)  # nats, images
+        self._names = [phase.name for phase in getattr(getattr(trainer, "datamodule", None), "phases", ())]
+        self._sums = torch.zeros(max(1, len(self._names)), 3, dtype=wide, device=self.device)  # nats, right, images
         self._absent: Tensor | None = None  # (C), true of the classes that are ruled out
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "some_classes") and (some := data.some_classes(stage)) is not None:
@@ -280,20 +283,23 @@ class VisionModule(TokenFormerModule):
         losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
         self._top1.update(logits, labels)
         self._top5.update(logits, labels)
-        self._sums += torch.stack([losses.sum(), (labels != IGNORE).sum()]).to(self._sums)
+        right = (logits.argmax(dim=1) == labels).sum()
+        sums = torch.stack([losses.sum(), right, (labels != IGNORE).sum()])
+        self._sums[dataset if self._names else 0] += sums.to(self._sums)
         return {"logits": logits, "losses": losses}
 
     def evaluation(self, trainer: Any, stage: str) -> dict[str, Tensor]:
-        """Mean loss and accuracies over all images of all ranks."""
-        nats, images = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
-        copies = (
-            trainer.world_size // data_parallel_rank(trainer)[1]
-        )  # devices that share the tokens see the same images
-        nats, images = nats / copies, images / copies
+        """Mean loss and accuracies over all images of all ranks; of phases, of each of them too."""
+        # Devices that share the tokens see the same images.
+        copies = trainer.world_size // data_parallel_rank(trainer)[1]
+        sums = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum") / copies
+        nats, _, images = sums.sum(dim=0)
         self.num_evaluated, expected = int(images), self._expected(trainer, stage)
         if expected is not None and self.num_evaluated != expected:
             raise RuntimeError(f"{stage}: {self.num_evaluated:,} images were evaluated, the split has {expected:,}")
         means = {"loss": nats / images, "top1": self._top1.compute(), "top5": self._top5.compute()}
+        for name, (nats, right, images) in zip(self._names, sums, strict=bool(self._names)):
+            means |= {f"{name}/loss": nats / images, f"{name}/top1": right / images}
         return {name: value.float() for name, value in means.items()}
 
     def _expected(self, trainer: Any, stage: str) -> int | None:

@@ -18,6 +18,7 @@ class LearningRate:
         peak: `config.lr`, for as many samples as a step has if `config.lr_batch` is given.
         max_steps: of the whole training.
         span: first step of the present schedule and the step after its last; None for the whole training.
+        restarts: steps at which it begins anew all the same, those of the phases of the data.
         scheduler: moves the optimizer's rates; None before :meth:`attach`, and with an optimizer of somebody else's.
     """
 
@@ -25,11 +26,14 @@ class LearningRate:
         self.config, self.peak = config, config.lr
         self.max_steps = 0
         self.span: tuple[int, int] | None = None
+        self.restarts: list[int] = []
         self.scheduler: LambdaLR | None = None
 
     def factor(self, step: int) -> float:
         """Learning rate of a step over its peak."""
         start, end = self.span or (0, self.max_steps)
+        start = max([start, *(restart for restart in self.restarts if restart <= step)])
+        end = min([end, *(restart for restart in self.restarts if restart > step)])
         return lr_factor(self.config, end - start)(step - start)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> LambdaLR:

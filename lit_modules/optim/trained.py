@@ -1,5 +1,6 @@
 """Which parameters are trained, `model.train`: all, those of the classifier, or those whose names match patterns."""
 
+from collections.abc import Collection
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,12 +15,13 @@ def as_patterns(train: Train) -> list[str]:
     return [train] if isinstance(train, str) else train
 
 
-def trained_names(model: nn.Module, train: Train) -> set[str]:
+def trained_names(model: nn.Module, train: Train, what: str = "model.train") -> set[str]:
     """Names of the parameters that are trained.
 
     Args:
         model: whose parameters.
         train: all, head (the classifier) or a pattern of names, such as `backbone.blocks.11.*`; or several of these.
+        what: the setting, for errors.
 
     Raises:
         ValueError: for a head that the model doesn't have, and for a pattern that matches nothing.
@@ -32,11 +34,28 @@ def trained_names(model: nn.Module, train: Train) -> set[str]:
         if not matched and ".segments." not in pattern:  # which growth may bring
             near = get_close_matches(pattern, names.values(), n=3, cutoff=0)
             raise ValueError(
-                f"model.train={pattern!r}: no parameter has such a name; choose all, head or patterns of names such as "
+                f"{what}={pattern!r}: no parameter has such a name; choose all, head or patterns of names such as "
                 f"{', '.join(near)}"
             )
         found |= matched
     return found
+
+
+def trained_after_growth(model: nn.Module, train: Train, new: Collection[str]) -> set[str]:
+    """Names of the parameters that a growth leaves trained: all, or those that it has added and what is named beside.
+
+    Args:
+        model: after it.
+        train: all, new, or a list of new with head and patterns of names.
+        new: names of what it has added.
+
+    Raises:
+        ValueError: see :func:`trained_names`.
+    """
+    if train == "all":
+        return set(dict(model.named_parameters()))
+    others = [pattern for pattern in as_patterns(train) if pattern != "new"]
+    return set(new) | trained_names(model, others, "train")
 
 
 def check_grown(model: nn.Module, before: set[str], train: Train) -> set[str]:

@@ -90,7 +90,7 @@ class FSDP2(ModelParallelStrategy):
     def post_backward(self, closure_loss: torch.Tensor) -> None:
         """Give back frozen segments: nothing of a backward pass reaches them."""
         module: Any = self.lightning_module
-        if module.growths and (module.growths[-1]["train"] == "new" or getattr(module, "trained", "all") != "all"):
+        if module.growths and (module.growths[-1]["train"] != "all" or getattr(module, "trained", "all") != "all"):
             self.reshard()
 
     def state_dict_of(self, module: nn.Module, sharded: bool | None = None) -> dict[str, Any]:

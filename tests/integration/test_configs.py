@@ -8,11 +8,15 @@ from tests.conftest import ROOT
 from tests.integration.configs import CONFIGS, baselines, configs, given
 
 PATHS = [*configs("language"), *configs("vision")]
-PLAIN = re.compile(r"class_path: (LanguageModule|VisionModule|TextDataModule|InstructionDataModule|ImageDataModule)$")
+PLAIN = re.compile(
+    r"class_path: (LanguageModule|VisionModule|TextDataModule|InstructionDataModule|ImageDataModule|PhasedDataModule)$"
+)
 
 
 def test_no_config_is_left_out():
-    assert sorted([*PATHS, *configs("strategy"), *configs("baseline")]) == sorted(CONFIGS.rglob("*.yaml"))
+    assert sorted([*PATHS, *configs("strategy"), *configs("baseline"), *configs("continual")]) == sorted(
+        CONFIGS.rglob("*.yaml")
+    )
 
 
 @pytest.mark.parametrize("path", configs("strategy"), ids=lambda path: path.stem)
@@ -35,7 +39,9 @@ def test_every_overlay_of_a_baseline_has_its_experiments():
         assert "GrowParameterTokens" not in str(given(*pair))
 
 
-@pytest.mark.parametrize("path", [*PATHS, *configs("baseline")], ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path", [*PATHS, *configs("baseline"), *configs("continual")], ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_config_has_a_header_and_a_comment_on_every_key(path):
     text = path.read_text()
     header = re.match(r"(#.*\n)+", text)[0]

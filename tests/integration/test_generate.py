@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from lit_modules.commands.tokenizers import save_tokenizer
 from tests.integration.tiny import write_config
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig, generate, save_pretrained
 from tokenformer.generation import stream
+from tokenformer.growth import grow_layers, pattention_layers
 
 SIZES = {"depth": 2, "dim": 32, "num_heads": 2, "qkv_tokens": 16, "proj_tokens": 16, "ffn_tokens": 32}
 ACCENTS = "naïve café 東京 🙂 "
@@ -73,6 +75,23 @@ def test_a_checkpoint_writes_with_its_average_and_its_runs_tokenizer(run_dir, ca
     pieces = write(model, ByteTokenizer(), ["the token"], 30, temperature=0.7)
     expected = "".join(piece for _, piece in pieces if piece)
     assert printed(capsys, path, "--prompt", "the token", "--max_new_tokens", 30) == f"the token{expected}\n"
+
+
+def test_a_grown_model_writes_as_before_its_growth(exported, tmp_path, capsys):
+    _, model, tokenizer = exported
+    grown = deepcopy(model)
+    for _ in range(2):
+        grow_layers(grown, dict.fromkeys(pattention_layers(grown), 8), init="pairs")
+        torch.nn.init.normal_(grown.backbone.blocks[0].ffn.segments[-1].values)
+    save_pretrained(grown, tmp_path / "model")
+    save_tokenizer(tokenizer, tmp_path / "model", 64)
+    base = "--prompt", "a", "--temperature", 2
+    texts = [printed(capsys, tmp_path / "model", *base, "--segments", *words) for words in ("0", ["first", 1], ["all"])]
+    assert texts[0] == texts[1] == printed(capsys, exported[0], *base) != texts[2]
+    with pytest.raises(ValueError, match="--segments first: give all, first K, or numbers such as 0 2"):
+        main(["generate", str(tmp_path / "model"), "--prompt", "a", "--segments", "first"])
+    with pytest.raises(ValueError, match="choose among 0 to 2"):
+        main(["generate", str(tmp_path / "model"), "--prompt", "a", "--segments", "0", "3"])
 
 
 def test_the_seed_and_the_sampling_settings_count(exported, capsys):

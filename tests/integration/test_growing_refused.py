@@ -12,7 +12,7 @@ WRONG = {
     "out of order": ({"stages": [STAGES[1], STAGES[0]]}, "comes at step 6, not after .at_step: 10"),
     "past the end": ({"stages": [{"at_step": 14, "ffn": 64}]}, "step 14, the run has 14 steps"),
     "tokens past the end": ({"stages": [{"at_tokens": 1e6, "ffn": 64}]}, "the run has 14 steps"),
-    "no moment": ({"stages": [{"ffn": 64}]}, "give one of at_step, at_tokens, on_plateau"),
+    "no moment": ({"stages": [{"ffn": 64}]}, "give one of at_step, at_phase, at_tokens"),
     "two moments": ({"stages": [{"at_step": 2, "at_tokens": 5, "ffn": 64}]}, "give one of"),
     "no size": ({"stages": [{"at_step": 6}]}, "give a factor, or some of qkv"),
     "two sizes": ({"stages": [{"at_step": 6, "ffn": 64, "factor": 2.0}]}, "give a factor, or some of qkv"),
@@ -22,6 +22,8 @@ WRONG = {
     "current, verified": ({"scale": "current"}, "scale: current .* set verify: false"),
     "zero keys and values": ({"init": "zeros"}, "init"),
     "unknown layer": ({"layers": ["fnn"]}, "'fnn' is none of the model's"),
+    "nothing new trained": ({"train": "head"}, r"train='head': choose all, new, or new and .*: \[new, head\]"),
+    "a name that is not": ({"train": ["new", "haed"]}, "train='haed': no parameter has such a name"),
     "new, divided": ({"train": "new", "init": "split"}, "split divides"),
     "no patience": ({"stages": [{"on_plateau": {"patience": 0}, "factor": 2.0}]}, "patience=0: must be at least 1"),
     "a metric that is not": (
