@@ -13,7 +13,7 @@ from importlib import import_module
 from lit_modules.commands import help
 
 # Modules in lit_modules/commands of the commands that take no config of an experiment.
-COMMANDS = {name: name for name in ("evaluate", "export", "generate", "grow", "plot", "submit", "sweep")}
+COMMANDS = {name: name for name in ("adapter", "evaluate", "export", "generate", "grow", "plot", "submit", "sweep")}
 COMMANDS["import"] = "import_released"
 
 HELP = """usage: tokenformer COMMAND --config FILE [--KEY VALUE ...]
@@ -37,6 +37,8 @@ commands:
                                       tokenformer export CKPT --out DIR
   import     make such a folder of a released TokenFormer checkpoint
                                       tokenformer import PATH --out DIR
+  adapter    what was trained on a frozen model as a small file: save it, put it on, take it off, make it part
+                                      tokenformer adapter save RUN --out FILE
   evaluate   zero-shot scores of a language model, by the lm-evaluation-harness
                                       tokenformer evaluate CKPT --tasks hellaswag,piqa
   generate   continue a text with a language model

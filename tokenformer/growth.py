@@ -289,7 +289,7 @@ def remove_segments(model: nn.Module, keep: int = 1) -> None:
     found = pattention_layers(model)
     for name, layer in found.items():
         for i, segment in enumerate(list(layer.segments)[keep:], keep):
-            if segment.tau is None and not segment.is_anchored:
+            if not segment.is_removable:
                 raise ValueError(
                     f"keep={keep}: segment {i} of {name} shares its norm with those before it, which would change: "
                     "only tokens of init: anchored, segment_norm and pairs can be removed"

@@ -9,6 +9,7 @@ end-of-text token, with a --stop, which is left out, or after --max_new_tokens.
   tokenformer generate models/150m --prompt "One: " --prompt "Two: " --prompt_file letter.txt --temperature 0
   tokenformer generate models/150m --prompt "Once upon" --num_samples 3 --max_new_tokens 5000 --crop
   tokenformer generate models/150m --interactive --stop "Q:"
+  tokenformer generate models/150m --prompt "Il y a" --adapter french.safetensors
 
 Prompts are read together and printed one after the other; what is written for one does not depend on the others. The
 same seed gives the same texts.
@@ -32,7 +33,7 @@ from datamodules.reading import read_text
 from lit_modules.commands.interactive import interact
 from lit_modules.commands.streaming import Text
 from lit_modules.commands.tokenizers import check_tokenizer, tokenizer_of
-from lit_modules.modules.loading import load_model
+from lit_modules.modules.loading import ADAPTER_OPTION, load_model
 from tokenformer import TokenFormerLM
 from tokenformer.generation import stream
 
@@ -130,6 +131,7 @@ def main(args: list[str]) -> None:
     )
     parser.add_argument("--interactive", action="store_true", help="go on with lines of the terminal, as one text")
     parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the model's)")
+    parser.add_argument("--adapter", **ADAPTER_OPTION)
     given = vars(parser.parse_args(args))
     source, tokenizer = given.pop("source"), given.pop("tokenizer")
     num_samples = given.pop("num_samples")
@@ -150,7 +152,7 @@ def main(args: list[str]) -> None:
         raise ValueError('no prompt: give --prompt TEXT or --prompt_file FILE; --prompt "" begins a document')
     if "" in given["stop"]:
         raise ValueError('--stop "": give a text')
-    model = load_model(source)
+    model = load_model(source, adapters=given.pop("adapter"))
     if not isinstance(model, TokenFormerLM):
         raise ValueError(f"{source} is an image model and writes no text: `tokenformer predict` names images")
     if isinstance(sys.stdout, io.TextIOWrapper):
