@@ -13,7 +13,9 @@ from importlib import import_module
 from lit_modules.commands import help
 
 # Modules in lit_modules/commands of the commands that take no config of an experiment.
-COMMANDS = {name: name for name in ("adapter", "evaluate", "export", "generate", "grow", "plot", "submit", "sweep")}
+COMMANDS = {
+    name: name for name in ("adapter", "evaluate", "export", "generate", "grow", "plot", "shrink", "submit", "sweep")
+}
 COMMANDS["import"] = "import_released"
 
 HELP = """usage: tokenformer COMMAND --config FILE [--KEY VALUE ...]
@@ -33,6 +35,8 @@ commands:
                                       tokenformer plan --config FILE
   grow       append parameter tokens to a checkpoint or an exported model
                                       tokenformer grow CKPT --factor 2 --out FILE
+  shrink     keep the first tokens of every layer of a model that was trained with ElasticTokens
+                                      tokenformer shrink CKPT --keep 0.5 --out DIR
   export     make a folder of the model in a checkpoint: safetensors, config, tokenizer, model card
                                       tokenformer export CKPT --out DIR
   import     make such a folder of a released TokenFormer checkpoint

@@ -61,6 +61,8 @@ class Pattention(HasTau):
     Attributes:
         recompute_scores: keep no scores for the backward pass, which computes them again: a matrix product more. Only
             for l2_norm_gelu.
+        in_use: so many tokens, the first ones, are used in training mode, with the tau of as many: sqrt(n) where it was
+            sqrt(N); None for all. Of a layer with one segment (:mod:`tokenformer.elastic`).
 
     Raises:
         ValueError: for fewer than one token or an unknown ``score_norm`` or ``scale``.
@@ -89,6 +91,7 @@ class Pattention(HasTau):
         self.in_features, self.out_features = in_features, out_features
         self.score_norm: ScoreNorm = score_norm
         self.recompute_scores = False
+        self.in_use: int | None = None
         self.scale: TauMode = scale
         self.key_std = key_std
         self.value_std = value_std_for_rms(0.1, num_tokens, score_norm) if value_std is None else value_std
@@ -181,10 +184,20 @@ class Pattention(HasTau):
             all_values.insert(place, values)
             if not inner.is_anchored:
                 in_norm.append(len(keys))
+        if self.training and (n := self.in_use) is not None:
+            ((keys,), (values,), tau, _), N = found[0], self.num_tokens
+            tau = tau * (default_tau(n, self.score_norm) / default_tau(N, self.score_norm))
+            return [Operator([keys[:n]], [values[:n]], tau, None)], group
         return [
             Operator(keys, values, tau, sum(in_norm) if len(in_norm) < len(keys) else None)
             for keys, values, tau, in_norm in found
         ], group
+
+    @property
+    def unused_params(self) -> int:
+        """Parameters of the tokens that are not used as the layer is now; see `in_use`."""
+        unused = 0 if self.in_use is None or not self.training else self.num_tokens - self.in_use
+        return unused * (self.in_features + self.out_features)
 
     def extra_repr(self) -> str:  # noqa: D102
         return (

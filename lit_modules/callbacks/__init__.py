@@ -2,6 +2,7 @@
 
 from lit_modules.callbacks.checkpoint import Checkpoint
 from lit_modules.callbacks.compression import CompressionBaseline
+from lit_modules.callbacks.elastic import ElasticTokens
 from lit_modules.callbacks.ema import EMA
 from lit_modules.callbacks.evaluation_row import EvaluationRow
 from lit_modules.callbacks.free_space import FreeSpace
@@ -22,6 +23,7 @@ __all__ = [
     "EMA",
     "Checkpoint",
     "CompressionBaseline",
+    "ElasticTokens",
     "EvaluationRow",
     "FreeSpace",
     "GrowParameterTokens",

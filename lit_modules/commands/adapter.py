@@ -19,7 +19,6 @@ of its own. generate, evaluate and export put adapters on by --adapter FILE.
 """
 
 import argparse
-import shutil
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_args
@@ -28,10 +27,7 @@ import torch
 
 from lit_modules.checkpoints.reading import read_checkpoint
 from lit_modules.checkpoints.validation import latest_valid
-from lit_modules.commands.export import new_folder
-from lit_modules.commands.model_card import model_card
-from lit_modules.commands.tokenizers import TOKENIZER_FILES
-from lit_modules.modules.classes import CLASS_MAP
+from lit_modules.commands.export import describe_copy, new_folder
 from lit_modules.modules.loading import Weights, load_model, model_from_checkpoint
 from tokenformer import TokenFormerLM, TokenFormerViT, from_pretrained, save_pretrained
 from tokenformer.adapters import (
@@ -182,12 +178,8 @@ def _write(
         save_pretrained(model, folder, join=for_good or not adapters)
         if adapters and not for_good:
             write_record(folder, base, adapters, owners)
-        beside = [name for name in (*TOKENIZER_FILES, CLASS_MAP) if (source / name).is_file()]
-        for name in beside:
-            shutil.copy(source / name, folder)
         origin = f"From `{source.name}`, whose card tells of its training, with {on}, by `tokenformer adapter`."
-        card = model_card(model, out.name, origin, has_tokenizer="tokenizer.json" in beside)
-        (folder / "README.md").write_text(card)
+        describe_copy(model, source, folder, out.name, origin)
     return f"wrote {out}: {model.num_params():,} parameters, the base {base[:16]} with {on}"
 
 

@@ -24,7 +24,7 @@ import torch
 from lit_modules.checkpoints.reading import config_of, read_checkpoint, run_dir_of
 from lit_modules.commands.model_card import model_card
 from lit_modules.commands.predict import described
-from lit_modules.commands.tokenizers import save_tokenizer, tokenizer_of
+from lit_modules.commands.tokenizers import TOKENIZER_FILES, save_tokenizer, tokenizer_of
 from lit_modules.modules.classes import CLASS_MAP
 from lit_modules.modules.loading import ADAPTER_OPTION, Weights, model_from_checkpoint
 from tokenformer import TokenFormerLM, TokenFormerViT, save_pretrained
@@ -99,6 +99,15 @@ def export(
         )
         (folder / "README.md").write_text(card)
     return "\n".join([*notes, f"wrote {out}: {model.num_params():,} parameters, {kind if both else 'the weights'}"])
+
+
+def describe_copy(model: TokenFormerLM | TokenFormerViT, source: Path, folder: Path, name: str, origin: str) -> None:
+    """Put beside a model in a folder what lies beside the one that it was made of, and a card of its own."""
+    beside = [file for file in (*TOKENIZER_FILES, CLASS_MAP) if (source / file).is_file()]
+    for file in beside:
+        shutil.copy(source / file, folder)
+    card = model_card(model, name, origin, has_tokenizer="tokenizer.json" in beside)
+    (folder / "README.md").write_text(card)
 
 
 @contextmanager
