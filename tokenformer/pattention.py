@@ -20,6 +20,7 @@ from tokenformer.operator import (
 )
 from tokenformer.process_group import copy_to_group, sum_over_group
 from tokenformer.segment import HasTau, TokenSegment
+from tokenformer.sparse import attend_to_largest
 
 TauMode = Literal["fixed", "learned", "current"]
 
@@ -63,6 +64,8 @@ class Pattention(HasTau):
             for l2_norm_gelu.
         in_use: so many tokens, the first ones, are used in training mode, with the tau of as many: sqrt(n) where it was
             sqrt(N); None for all. Of a layer with one segment (:mod:`tokenformer.elastic`).
+        top_k: so many tokens, those with a row's largest scores, are used in evaluation mode; None for all
+            (:mod:`tokenformer.sparse`). Only for l2_norm_gelu.
 
     Raises:
         ValueError: for fewer than one token or an unknown ``score_norm`` or ``scale``.
@@ -92,6 +95,7 @@ class Pattention(HasTau):
         self.score_norm: ScoreNorm = score_norm
         self.recompute_scores = False
         self.in_use: int | None = None
+        self.top_k: int | None = None
         self.scale: TauMode = scale
         self.key_std = key_std
         self.value_std = value_std_for_rms(0.1, num_tokens, score_norm) if value_std is None else value_std
@@ -158,6 +162,12 @@ class Pattention(HasTau):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
         operators, group = self.operators()
+        if self.top_k is not None and not self.training:
+            if self.score_norm != "l2_norm_gelu":
+                raise ValueError(f"top_k: needs score_norm l2_norm_gelu, not {self.score_norm}")
+            if group is not None:
+                raise ValueError("top_k: with tokens divided among processes none knows the largest scores of all")
+            return attend_to_largest(x, operators, self.top_k)
         if group is not None:
             x = copy_to_group(x.to(autocast_dtype(x.device) or x.dtype), group)
         out = None
