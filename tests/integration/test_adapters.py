@@ -1,6 +1,8 @@
 """Adapters: saved from a run, put on their base and taken off it again, by the command line."""
 
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_modules.cli import main
 from lit_modules.modules.loading import load_model
+from tests.conftest import ROOT
 from tests.integration.growing import checkpoint_of, config_of, fit
 from tokenformer import from_pretrained
 from tokenformer.adapters import ADAPTERS, KIND, cut_off, fingerprint, write_adapter
@@ -125,6 +128,21 @@ def test_the_wrong_base_is_refused(made, tmp_path):
     with pytest.raises(ValueError, match="the weight 'half' is no number"):
         load_model(made / "base", adapters=[files(made, "own")[0] + "=half"])
     assert not (tmp_path / "x").exists()
+
+
+def test_the_commands_of_the_page_run(made, tmp_path, monkeypatch):
+    places = {"runs/french/20260131-120000-ab12": made / "run", "models/small": made / "base"}
+    places |= {"CKPT": checkpoint_of(made / "run", 2), "code.safetensors": made / "both.safetensors"}
+    monkeypatch.chdir(tmp_path)
+    for name, place in places.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(place)
+    page = (ROOT / "docs/parts.md").read_text()
+    commands = re.findall(r"^tokenformer ((?:adapter|generate|shrink) .*)", page, re.M)
+    assert len(commands) == 6
+    for command in commands:
+        main(shlex.split(command))
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {"small", "both", "french", "merged", "half"}
 
 
 def rewritten(made, change):
