@@ -86,7 +86,10 @@ def save(source: Path, out: Path, base: Path | None = None, weights: Weights = "
 
 def _first_new(checkpoint: dict[str, Any], model: Any, source: Path) -> dict[str, int]:
     """How many segments of each layer were frozen, by the record of the last growths, those of `train: new`."""
-    growths = list(takewhile(lambda record: record.get("train") == "new", reversed(checkpoint.get("growths", []))))
+    alone = takewhile(
+        lambda record: record.get("train") == "new" and "new" in record, checkpoint.get("growths", [])[::-1]
+    )
+    growths = list(alone)
     if not growths:
         raise ValueError(f"{source}: its last growth was not one of train: new, so more than new tokens was trained")
     if moved := [record["scale"] for record in growths if record["scale"] in ("anneal", "current")]:
