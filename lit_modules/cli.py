@@ -13,7 +13,8 @@ from importlib import import_module
 from lit_modules.commands import help
 
 # Modules in lit_modules/commands of the commands that take no config of an experiment.
-COMMANDS = {name: name for name in ("evaluate", "export", "generate", "grow", "inspect", "plot", "submit", "sweep")}
+NAMES = ("adapter", "evaluate", "export", "generate", "grow", "inspect", "plot", "shrink", "submit", "sweep")
+COMMANDS = {name: name for name in NAMES}
 COMMANDS["import"] = "import_released"
 
 HELP = """usage: tokenformer COMMAND --config FILE [--KEY VALUE ...]
@@ -33,10 +34,14 @@ commands:
                                       tokenformer plan --config FILE
   grow       append parameter tokens to a checkpoint or an exported model
                                       tokenformer grow CKPT --factor 2 --out FILE
+  shrink     keep the first tokens of every layer of a model that was trained with ElasticTokens
+                                      tokenformer shrink CKPT --keep 0.5 --out DIR
   export     make a folder of the model in a checkpoint: safetensors, config, tokenizer, model card
                                       tokenformer export CKPT --out DIR
   import     make such a folder of a released TokenFormer checkpoint
                                       tokenformer import PATH --out DIR
+  adapter    what was trained on a frozen model as a small file: save it, put it on, take it off, make it part
+                                      tokenformer adapter save RUN --out FILE
   evaluate   zero-shot scores of a language model, by the lm-evaluation-harness
                                       tokenformer evaluate CKPT --tasks hellaswag,piqa
   generate   continue a text with a language model

@@ -153,6 +153,11 @@ class Backbone(nn.Module):
             if isinstance(module, Pattention):
                 module.recompute_scores = enable
 
+    def matrix_params(self) -> int:
+        """Parameters of the blocks that take part in matrix products as the model is now."""
+        unused = sum(module.unused_params for module in self.modules() if isinstance(module, Pattention | MLP))
+        return sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2) - unused
+
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D). With a cache x is what follows on what that has read."""
         if cache is not None:

@@ -28,7 +28,7 @@ KINDS: dict[str, tuple[Any, Any, str]] = {
 }
 
 
-def save_pretrained(model: TokenFormerLM | TokenFormerViT, folder: str | Path) -> None:
+def save_pretrained(model: TokenFormerLM | TokenFormerViT, folder: str | Path, join: bool = True) -> None:
     """Write a model as a folder: its consolidated state dict in `model.safetensors`, its sizes in `config.json`.
 
     Of an image model also what images it takes and what its classes are called, as far as `pretrained_cfg` says, and
@@ -37,10 +37,12 @@ def save_pretrained(model: TokenFormerLM | TokenFormerViT, folder: str | Path) -
     Args:
         model: in its own precision; it is left as it is.
         folder: made if it is not there.
+        join: segments that share a norm; else they stay apart.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in consolidated_state(model).items()}
+    state = consolidated_state(model) if join else model.state_dict()
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = config_dict(model)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

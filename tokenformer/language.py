@@ -95,6 +95,5 @@ class TokenFormerLM(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs as the model is now, growth included; counted as in :meth:`LMConfig.flops_per_token`."""
-        matrices = sum(p.numel() for p in self.backbone.blocks.parameters() if p.ndim == 2)
         between_tokens = 4 * self.config.depth * self.config.dim * seq_len
-        return 2 * matrices + between_tokens + 2 * self.config.vocab_size * self.config.dim
+        return 2 * self.backbone.matrix_params() + between_tokens + 2 * self.config.vocab_size * self.config.dim

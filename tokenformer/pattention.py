@@ -20,6 +20,7 @@ from tokenformer.operator import (
 )
 from tokenformer.process_group import copy_to_group, sum_over_group
 from tokenformer.segment import HasTau, TokenSegment
+from tokenformer.sparse import attend_to_largest
 
 TauMode = Literal["fixed", "learned", "current"]
 
@@ -61,6 +62,10 @@ class Pattention(HasTau):
     Attributes:
         recompute_scores: keep no scores for the backward pass, which computes them again: a matrix product more. Only
             for l2_norm_gelu.
+        in_use: so many tokens, the first ones, are used in training mode, with the tau of as many: sqrt(n) where it was
+            sqrt(N); None for all. Of a layer with one segment (:mod:`tokenformer.elastic`).
+        top_k: so many tokens, those with a row's largest scores, are used in evaluation mode; None for all
+            (:mod:`tokenformer.sparse`). Only for l2_norm_gelu.
 
     Raises:
         ValueError: for fewer than one token or an unknown ``score_norm`` or ``scale``.
@@ -89,6 +94,8 @@ class Pattention(HasTau):
         self.in_features, self.out_features = in_features, out_features
         self.score_norm: ScoreNorm = score_norm
         self.recompute_scores = False
+        self.in_use: int | None = None
+        self.top_k: int | None = None
         self.scale: TauMode = scale
         self.key_std = key_std
         self.value_std = value_std_for_rms(0.1, num_tokens, score_norm) if value_std is None else value_std
@@ -155,6 +162,12 @@ class Pattention(HasTau):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
         operators, group = self.operators()
+        if self.top_k is not None and not self.training:
+            if self.score_norm != "l2_norm_gelu":
+                raise ValueError(f"top_k: needs score_norm l2_norm_gelu, not {self.score_norm}")
+            if group is not None:
+                raise ValueError("top_k: with tokens divided among processes none knows the largest scores of all")
+            return attend_to_largest(x, operators, self.top_k)
         if group is not None:
             x = copy_to_group(x.to(autocast_dtype(x.device) or x.dtype), group)
         out = None
@@ -181,10 +194,20 @@ class Pattention(HasTau):
             all_values.insert(place, values)
             if not inner.is_anchored:
                 in_norm.append(len(keys))
+        if self.training and (n := self.in_use) is not None:
+            ((keys,), (values,), tau, _), N = found[0], self.num_tokens
+            tau = tau * (default_tau(n, self.score_norm) / default_tau(N, self.score_norm))
+            return [Operator([keys[:n]], [values[:n]], tau, None)], group
         return [
             Operator(keys, values, tau, sum(in_norm) if len(in_norm) < len(keys) else None)
             for keys, values, tau, in_norm in found
         ], group
+
+    @property
+    def unused_params(self) -> int:
+        """Parameters of the tokens that are not used as the layer is now; see `in_use`."""
+        unused = 0 if self.in_use is None or not self.training else self.num_tokens - self.in_use
+        return unused * (self.in_features + self.out_features)
 
     def extra_repr(self) -> str:  # noqa: D102
         return (

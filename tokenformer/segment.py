@@ -92,3 +92,8 @@ class TokenSegment(HasTau):
     def is_anchored(self) -> bool:
         """Whether its scores are divided by the norm of others."""
         return self.norm_weight is not None
+
+    @property
+    def is_removable(self) -> bool:
+        """Whether it takes no part in the norm of those before it, which therefore stay as they are without it."""
+        return self.tau is not None or self.is_anchored

@@ -287,8 +287,7 @@ class TokenFormerViT(nn.Module):
     def flops_per_image(self, image_size: int | None = None) -> int:
         """Forward FLOPs as the model is now, growth included; counted as in :meth:`ViTConfig.flops_per_image`."""
         config, tokens = self.config, self.config.num_tokens(image_size)
-        now = sum(p.numel() for p in self.backbone.blocks.parameters() if p.ndim == 2)
-        grown = now - config.depth * config.block_matmul_params()
+        grown = self.backbone.matrix_params() - config.depth * config.block_matmul_params()
         return config.flops_per_image(image_size) + 2 * tokens * grown
 
 

@@ -3,6 +3,7 @@
 from lit_modules.callbacks.checkpoint import Checkpoint
 from lit_modules.callbacks.compression import CompressionBaseline
 from lit_modules.callbacks.continual import ContinualMatrix
+from lit_modules.callbacks.elastic import ElasticTokens
 from lit_modules.callbacks.ema import EMA
 from lit_modules.callbacks.evaluation_row import EvaluationRow
 from lit_modules.callbacks.free_space import FreeSpace
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpoint",
     "CompressionBaseline",
     "ContinualMatrix",
+    "ElasticTokens",
     "EvaluationRow",
     "FreeSpace",
     "GrowParameterTokens",

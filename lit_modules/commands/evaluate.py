@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lit_modules.commands.segments import add_segments, keep_asked
-from lit_modules.modules.loading import Weights
+from lit_modules.modules.loading import ADAPTER_OPTION, Weights
 
 # Column, task and metric of the paper's table: length-normalised accuracy where the choices differ in length the most.
 COLUMNS = {
@@ -143,6 +143,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--weights", choices=get_args(Weights), default="average", help="of a checkpoint with EMA")
     parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the model's)")
     add_segments(parser)
+    parser.add_argument("--adapter", **ADAPTER_OPTION)
     given = parser.parse_args(args)
     if given.limit is not None and given.limit < 1:
         raise ValueError(f"--limit {given.limit}: must be at least 1")
@@ -153,7 +154,8 @@ def main(args: list[str]) -> None:
 
     from lit_modules.commands.lm_eval_model import LMEvalModel
 
-    model = LMEvalModel(given.source, given.batch_size, given.device, given.dtype, given.weights, given.tokenizer)
+    settings = (given.batch_size, given.device, given.dtype, given.weights, given.tokenizer, given.adapter)
+    model = LMEvalModel(given.source, *settings)
     keep_asked(model.model, given.segments)
     rows = evaluate(model, given.tasks.split(","), given.local, given.limit)
     whole = given.local is None and given.limit is None
@@ -161,6 +163,7 @@ def main(args: list[str]) -> None:
     if given.out is not None:
         report = {
             "model": str(given.source),
+            "adapters": given.adapter,
             "parameters": model.model.num_params(),
             "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
             "rows_from": "hub" if given.local is None else str(given.local),

@@ -14,7 +14,7 @@ In Python: tokenformer.from_pretrained("models/small").
 
 import argparse
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
@@ -24,10 +24,11 @@ import torch
 from lit_modules.checkpoints.reading import config_of, read_checkpoint, run_dir_of
 from lit_modules.commands.model_card import model_card
 from lit_modules.commands.predict import described
-from lit_modules.commands.tokenizers import save_tokenizer, tokenizer_of
+from lit_modules.commands.tokenizers import TOKENIZER_FILES, save_tokenizer, tokenizer_of
 from lit_modules.modules.classes import CLASS_MAP
-from lit_modules.modules.loading import Weights, model_from_checkpoint
+from lit_modules.modules.loading import ADAPTER_OPTION, Weights, model_from_checkpoint
 from tokenformer import TokenFormerLM, TokenFormerViT, save_pretrained
+from tokenformer.adapters import add_adapters
 from tokenformer.onnx import save_onnx
 
 Format = Literal["safetensors", "onnx"]
@@ -41,6 +42,7 @@ def export(
     dtype: DType | None = None,
     tokenizer: str | None = None,
     format: Format = "safetensors",
+    adapter: Sequence[str] = (),
 ) -> str:
     """Write the model in a checkpoint as a folder; say what was done.
 
@@ -51,6 +53,7 @@ def export(
         dtype: precision of the file; default: the checkpoint's.
         tokenizer: bytes, a file or hub:NAME; default: the run's.
         format: onnx for a `model.onnx` beside `model.safetensors`.
+        adapter: files of adapters, which become part of the model.
 
     Raises:
         ValueError: for a checkpoint that can't be read, a folder that exists, a tokenizer that is none or has no use.
@@ -58,6 +61,7 @@ def export(
     with new_folder(out) as folder:
         checkpoint = read_checkpoint(source)
         model = model_from_checkpoint(checkpoint, weights)
+        add_adapters(model, source, adapter)
         if dtype is not None:
             model.to(getattr(torch, dtype))
         if isinstance(model, TokenFormerViT):
@@ -80,7 +84,8 @@ def export(
             (folder / CLASS_MAP).write_text(text, encoding="utf-8")
         both = "current_model_state" in checkpoint
         kind = {"average": "the moving average of the weights", "raw": "the weights, not their average"}[weights]
-        origin = f"From `{source.name}`" + (f": {kind}" if both else "") + (f", as {dtype}" if dtype else "") + "."
+        origin = f"From `{source.name}`" + (f": {kind}" if both else "") + (f", as {dtype}" if dtype else "")
+        origin += "".join(f", with the adapter `{Path(file).name}`" for file in adapter) + "."
         run = run_dir_of(source)
         card = model_card(
             model,
@@ -94,6 +99,15 @@ def export(
         )
         (folder / "README.md").write_text(card)
     return "\n".join([*notes, f"wrote {out}: {model.num_params():,} parameters, {kind if both else 'the weights'}"])
+
+
+def describe_copy(model: TokenFormerLM | TokenFormerViT, source: Path, folder: Path, name: str, origin: str) -> None:
+    """Put beside a model in a folder what lies beside the one that it was made of, and a card of its own."""
+    beside = [file for file in (*TOKENIZER_FILES, CLASS_MAP) if (source / file).is_file()]
+    for file in beside:
+        shutil.copy(source / file, folder)
+    card = model_card(model, name, origin, has_tokenizer="tokenizer.json" in beside)
+    (folder / "README.md").write_text(card)
 
 
 @contextmanager
@@ -127,4 +141,5 @@ def main(args: list[str]) -> None:
     onnx = "onnx: a model.onnx too, for any batch and length or image size (pip install 'tokenformer[onnx]')"
     parser.add_argument("--format", choices=get_args(Format), default="safetensors", help=onnx)
     parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the run's)")
+    parser.add_argument("--adapter", **ADAPTER_OPTION)
     print(export(**vars(parser.parse_args(args))))

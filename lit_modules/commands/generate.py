@@ -10,6 +10,7 @@ end-of-text token, with a --stop, which is left out, or after --max_new_tokens.
   tokenformer generate models/150m --prompt "Once upon" --num_samples 3 --max_new_tokens 5000 --crop
   tokenformer generate models/150m --interactive --stop "Q:"
   tokenformer generate models/grown --prompt "Once upon" --segments first 2
+  tokenformer generate models/150m --prompt "Il y a" --adapter french.safetensors
 
 Prompts are read together and printed one after the other; what is written for one does not depend on the others. The
 same seed gives the same texts.
@@ -34,7 +35,7 @@ from lit_modules.commands.interactive import interact
 from lit_modules.commands.segments import add_segments, keep_asked
 from lit_modules.commands.streaming import Text
 from lit_modules.commands.tokenizers import check_tokenizer, tokenizer_of
-from lit_modules.modules.loading import load_model
+from lit_modules.modules.loading import ADAPTER_OPTION, load_model
 from tokenformer import TokenFormerLM
 from tokenformer.generation import stream
 
@@ -133,6 +134,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--interactive", action="store_true", help="go on with lines of the terminal, as one text")
     parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the model's)")
     add_segments(parser)
+    parser.add_argument("--adapter", **ADAPTER_OPTION)
     given = vars(parser.parse_args(args))
     source, tokenizer, segments = (given.pop(name) for name in ("source", "tokenizer", "segments"))
     num_samples = given.pop("num_samples")
@@ -153,7 +155,7 @@ def main(args: list[str]) -> None:
         raise ValueError('no prompt: give --prompt TEXT or --prompt_file FILE; --prompt "" begins a document')
     if "" in given["stop"]:
         raise ValueError('--stop "": give a text')
-    model = load_model(source)
+    model = load_model(source, adapters=given.pop("adapter"))
     if not isinstance(model, TokenFormerLM):
         raise ValueError(f"{source} is an image model and writes no text: `tokenformer predict` names images")
     keep_asked(model, segments)

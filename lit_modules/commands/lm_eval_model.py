@@ -5,7 +5,7 @@ B batch, T sequence, D channels, S scored tokens, V vocabulary.
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,6 +43,7 @@ class LMEvalModel(TemplateLM):
         dtype: float32, float16 or bfloat16. Default: the model's own. Scores are summed in float32 in any case.
         weights: of a checkpoint that has both: average (EMA) or raw.
         tokenizer: bytes, the path of a tokenizer.json or hub:NAME. Default: the model's.
+        adapters: files of adapters to put on it.
 
     Raises:
         ValueError: for what is no language model, a batch size below 1 and a device that is not there.
@@ -56,11 +57,12 @@ class LMEvalModel(TemplateLM):
         dtype: str | None = None,
         weights: Weights = "average",
         tokenizer: str | None = None,
+        adapters: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
-        model = load_model(Path(pretrained), weights)
+        model = load_model(Path(pretrained), weights, adapters)
         if not isinstance(model, TokenFormerLM):
             raise ValueError(
                 f"{pretrained} is an image model, the tasks are of language: `tokenformer validate` gives its accuracy"

@@ -1,5 +1,6 @@
 """The model in a checkpoint or in an exported folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -8,22 +9,36 @@ from lit_modules.growth.structure import match_structure
 from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
 from tokenformer import TokenFormerLM, TokenFormerViT, from_pretrained
+from tokenformer.adapters import add_adapters
 from tokenformer.files import check_size, is_exported
 
 Weights = Literal["average", "raw"]
 
+# `--adapter` of the commands that take a model.
+ADAPTER_OPTION: Any = {
+    "action": "append",
+    "default": [],
+    "metavar": "FILE[=WEIGHT]",
+    "help": "put this adapter on the model; several times too",
+}
 
-def load_model(path: Path, weights: Weights = "average") -> TokenFormerLM | TokenFormerViT:
+
+def load_model(
+    path: Path, weights: Weights = "average", adapters: Sequence[str] = ()
+) -> TokenFormerLM | TokenFormerViT:
     """The model in a checkpoint or in an exported folder, in eval mode.
 
     Args:
         path: the file or folder.
         weights: of a checkpoint that has both (EMA): their average, or the weights themselves.
+        adapters: files to put on it, see :func:`tokenformer.adapters.add_adapters`.
 
     Raises:
-        ValueError: for what is neither, is corrupted, or is a timm model's.
+        ValueError: for what is neither, is corrupted, or is a timm model's; for adapters of another model.
     """
-    return from_pretrained(path) if is_exported(path) else model_from_checkpoint(read_checkpoint(path), weights)
+    model = from_pretrained(path) if is_exported(path) else model_from_checkpoint(read_checkpoint(path), weights)
+    add_adapters(model, path, adapters)
+    return model
 
 
 def model_from_checkpoint(checkpoint: dict[str, Any], weights: Weights = "average") -> TokenFormerLM | TokenFormerViT:

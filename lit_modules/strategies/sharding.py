@@ -21,16 +21,25 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     Raises:
         ValueError: when its tokens can't be divided.
     """
-    check_divisible(model, mesh["tensor_parallel"].size())
-    for layer in pattention_layers(model).values():
-        for segment in layer.segments:
-            shard_tokens(segment, mesh["tensor_parallel"])
+    divide_tokens(model, mesh["tensor_parallel"])
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
     for method in ("loss", "nats_and_entropy", "forward_features", "forward_head"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
+
+
+def divide_tokens(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Leave a process its share of the parameter tokens of each layer.
+
+    Raises:
+        ValueError: when they can't be divided.
+    """
+    check_divisible(model, mesh.size())
+    for layer in pattention_layers(model).values():
+        for segment in layer.segments:
+            shard_tokens(segment, mesh)
 
 
 def shard_segments(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -235,6 +235,7 @@ def test_mistakes_are_named(byte_model, piqa, tmp_path, monkeypatch):
     assert "--local nowhere: no such folder" in refused(byte_model, "--local", "nowhere")
     assert "--limit 0: must be at least 1" in refused(byte_model, "--limit", 0)
     assert "segments=[1]: choose among 0 to 0" in refused(byte_model, "--segments", 1, "--local", piqa)
+    assert "x.safetensors: no adapter" in refused(byte_model, "--adapter", "x.safetensors", "--local", piqa)
     assert "batch_size=0" in refused(byte_model, "--batch_size", 0, "--local", piqa)
     known = SimpleNamespace(all_tasks=["piqa"])
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults: known)  # the real one takes seconds

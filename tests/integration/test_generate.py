@@ -2,6 +2,7 @@
 
 import io
 import re
+import runpy
 import sys
 from copy import deepcopy
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ from lit_modules.callbacks import SampleText
 from lit_modules.cli import main
 from lit_modules.commands.generate import Text, write
 from lit_modules.commands.tokenizers import save_tokenizer
+from tests.conftest import ROOT
+from tests.integration.processes import free_port
 from tests.integration.tiny import write_config
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig, generate, save_pretrained
 from tokenformer.generation import stream
@@ -52,6 +55,17 @@ def printed(capsys, *args):
     capsys.readouterr()
     main(["generate", *map(str, args)])
     return capsys.readouterr().out
+
+
+def test_the_example_of_device_and_cloud_writes_the_same_text(exported, capsys, monkeypatch):
+    """In a process that is the only one; tests/tokenformer/test_shared_tokens.py has two."""
+    world = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in world.items():
+        monkeypatch.setenv(name, str(value))
+    expected = printed(capsys, exported[0], "--prompt", "naïve", "--temperature", 0)
+    monkeypatch.setattr(sys, "argv", ["device_cloud.py", str(exported[0]), "--prompt", "naïve"])
+    runpy.run_path(str(ROOT / "examples/device_cloud.py"), run_name="__main__")
+    assert capsys.readouterr().out == expected
 
 
 def test_greedy_text_of_an_exported_model(exported, capsys):

@@ -8,11 +8,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from tokenformer import Pattention
-from tokenformer.growth import append_tokens
+from lit_modules.strategies.sharding import divide_tokens
+from tokenformer import LMConfig, Pattention, TokenFormerLM
+from tokenformer.growth import append_tokens, grow
 from tokenformer.operator import attend
 
 SIZE = 2
+IDS = torch.arange(24).view(2, 12)
 
 
 def layer_and_input():
@@ -37,6 +39,15 @@ def results(layer, x):
     return {"out": out.detach(), "x": x.grad, **gradients}
 
 
+def language_model():
+    """Of an even number of tokens in each layer, with a second norm."""
+    torch.manual_seed(0)
+    sizes = {"depth": 2, "dim": 32, "num_heads": 4, "qkv_tokens": 16, "proj_tokens": 20, "ffn_tokens": 50}
+    model = TokenFormerLM(LMConfig(vocab_size=64, init="scaled", **sizes))
+    grow(model, qkv=20, ffn=60, init="pairs")
+    return model
+
+
 def share(rank, folder):
     """One of the processes."""
     init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=SIZE)
@@ -49,7 +60,12 @@ def share(rank, folder):
     with CommDebugMode() as sent:
         found = results(layer, x)
     counts = {str(op): count for op, count in sent.get_comm_counts().items()}
-    torch.save({"results": found, "sent": counts}, f"{folder}/{rank}.pt")
+    model = language_model()
+    divide_tokens(model, mesh)
+    held = model.backbone.blocks[0].ffn.segments[0].keys.to_local().shape[0]
+    with torch.no_grad():
+        language = {"logits": model(IDS), "held": held}
+    torch.save({"results": found, "sent": counts, "language": language}, f"{folder}/{rank}.pt")
     destroy_process_group()
 
 
@@ -73,6 +89,15 @@ def test_equals_one_process(shared):
 def test_what_is_sent(shared):
     """For each norm its square, and r; for the layer its output, and the input's gradient."""
     assert all(one["sent"]["c10d.allreduce_"] == 2 * 2 + 2 for one in shared)
+
+
+def test_a_model_on_device_and_in_the_cloud_is_that_of_one_process(shared):
+    """The sum that examples/device_cloud.py is."""
+    expected = language_model()(IDS).detach()
+    assert expected.std() > 1e-2
+    for one in shared:
+        assert one["language"]["held"] == 25
+        torch.testing.assert_close(one["language"]["logits"], expected, rtol=0, atol=1e-6)
 
 
 def test_processes_hold_the_same_bits(shared):
