@@ -18,7 +18,8 @@ STYLE = """<style>
 text { font: 13px system-ui, sans-serif; fill: #24292f } .small { font-size: 11px } .math { font-style: italic }
 .line { stroke: #57606a; fill: none } .old { fill: #6f8fbf } .new { fill: #e08a2e } .data { fill: #8aa88a }
 .a { stroke: #1f6feb; fill: none; stroke-width: 2 } .b { stroke: #8c959f; fill: none; stroke-width: 2 }
-.grid { stroke: #d0d7de; fill: none } .empty { stroke: #e08a2e; fill: none } .mark { stroke: #e08a2e; stroke-dasharray: 4 3 }
+.grid { stroke: #d0d7de; fill: none } .empty { stroke: #e08a2e; fill: none }
+.mark { stroke: #e08a2e; stroke-dasharray: 4 3 }
 @media (prefers-color-scheme: dark) {
 text { fill: #e6edf3 } .line { stroke: #8b949e } .grid { stroke: #30363d }
 .a { stroke: #58a6ff } .b { stroke: #6e7681 } }
