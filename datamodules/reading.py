@@ -56,7 +56,7 @@ class _Inflated(RawIOBase):
     def __init__(self, path: Path) -> None:
         import pyarrow
 
-        self.path, self.left = path, MOST_INFLATED * path.stat().st_size + LEAST_INFLATED
+        self.path, self.left = path, most_inflated(path)
         self.stream = pyarrow.input_stream(str(path), compression="detect")
 
     def readable(self) -> bool:
@@ -67,12 +67,22 @@ class _Inflated(RawIOBase):
         content = self.stream.read(len(buffer))
         self.left -= len(content)
         if self.left < 0:
-            raise ValueError(
-                f"{self.path}: unpacks to more than {MOST_INFLATED} times its size: no text does, so it is not read. "
-                "If it is one, unpack it yourself"
-            )
+            raise far_more(self.path)
         buffer[: len(content)] = content
         return len(content)
+
+
+def most_inflated(path: Path) -> int:
+    """Bytes that a compressed file may unpack to."""
+    return MOST_INFLATED * path.stat().st_size + LEAST_INFLATED
+
+
+def far_more(path: Path) -> ValueError:
+    """The error of one that unpacks to more."""
+    return ValueError(
+        f"{path}: unpacks to more than {MOST_INFLATED} times its size: no text does, so it is not read. If it is one, "
+        "unpack it yourself, into .txt or .jsonl"
+    )
 
 
 def _wide(start: bytes) -> str | None:

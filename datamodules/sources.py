@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datamodules.parquet import columns_of, rows_of
 from datamodules.reading import COMPRESSED, opened, read_text
 
 KINDS, ENDINGS = (".txt", ".jsonl", ".parquet"), ".txt, .jsonl (.gz and .zst of both) or .parquet"
@@ -69,8 +70,7 @@ class FileSource:
             if _kind(path) == ".jsonl":
                 yield from self._json_lines(path)
             elif _kind(path) == ".parquet":
-                rows = (row for _, batch in _record_batches(path) for row in batch.to_pylist())
-                yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+                yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows_of(path), 1))
             else:
                 raise ValueError(f"data source {path}: is text, and rows with named fields are needed: give .jsonl")
 
@@ -91,10 +91,12 @@ class FileSource:
                 yield f"{path}:{number}", row
 
     def _parquet(self, path: Path) -> Iterator[str]:
-        field = self.form.text_field
-        texts = ((columns, text) for columns, batch in _record_batches(path, field) for text in batch[0].to_pylist())
-        for row, (columns, text) in enumerate(texts, 1):
-            yield text if isinstance(text, str) else text_of(columns | {field: text}, field, f"{path}, row {row}")
+        field, columns = self.form.text_field, dict.fromkeys(columns_of(path))
+        if field not in columns:
+            text_of(columns, field, str(path))
+        for number, row in enumerate(rows_of(path, field), 1):
+            text = row[field]
+            yield text if isinstance(text, str) else text_of(columns | row, field, f"{path}, row {number}")
 
     def fingerprint(self) -> str:
         """Changes when a file's name or contents do; of a corpus that takes long to read, its name, size or time."""
@@ -106,21 +108,6 @@ class FileSource:
             if read:
                 digest.update(path.read_bytes())
         return digest.hexdigest()
-
-
-def _record_batches(path: Path, field: str | None = None) -> Iterator[tuple[dict[str, None], Any]]:
-    """(all columns, rows) of a parquet file, a thousand or so at a time; with a field only that is read."""
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        columns = dict.fromkeys(table.schema_arrow.names)
-        if field is not None and field not in columns:
-            text_of(columns, field, str(path))
-        for batch in table.iter_batches(batch_size=1024, columns=None if field is None else [field]):
-            yield columns, batch
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no parquet file, or corrupted: {error}") from error
 
 
 def _files(pattern: str) -> list[Path]:
