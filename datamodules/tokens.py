@@ -70,7 +70,7 @@ class TokenFile:
         dtype = np.dtype(metadata["dtype"]).newbyteorder("<")
         expected = self.split.tokens * dtype.itemsize
         actual = path.stat().st_size if path.exists() else 0
-        if actual != expected:
+        if actual != expected or not expected:
             raise ValueError(
                 f"token file {path} has {actual} bytes instead of {expected}: half-written or corrupted; "
                 f"delete {folder} and run `tokenformer prepare` again"
@@ -100,11 +100,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
         if (found := metadata["format"]) == FORMAT:
-            np.dtype(metadata["dtype"])
             metadata.setdefault("recipe", {}).keys()
-            for split in metadata["splits"].values():
-                Split(**split)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+            counts = [count for split in metadata["splits"].values() for count in asdict(Split(**split)).values()]
+            if metadata["dtype"] not in ("uint16", "uint32") or not all(type(count) is int for count in counts):
+                raise ValueError("other numbers than token files have")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is corrupted: delete {folder} and run `tokenformer prepare` again") from error
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}, not {FORMAT}: delete {folder} and prepare again")
@@ -150,15 +150,22 @@ def prepare(
             raise ValueError(f"token folder {folder} was made from other data ({shown}); delete it to tokenize again")
         return
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if leftovers := list(folder.parent.glob(f"{folder.name}.partial-*")):
-        warnings.warn(f"unless another process is writing them, delete what it left: {leftovers}", stacklevel=2)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
-        _write(partial, sources, tokenizer_name, bpe_vocab_size, held_out, num_threads, recipe)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"data.cache_dir={str(folder.parent)!r}: no folder can be made there: {error}") from error
+    if leftovers := [path for path in folder.parent.glob(f"{folder.name}.partial-*") if path != partial]:
+        warnings.warn(f"unless another process is writing them, delete what it left: {leftovers}", stacklevel=2)
+    tokens = partial / "tokens"  # whoever may read a new folder may read this one; `partial` is for its owner alone
+    try:
+        tokens.mkdir()
+        _write(tokens, sources, tokenizer_name, bpe_vocab_size, held_out, num_threads, recipe)
         try:
-            partial.rename(folder)
-        except OSError:  # another run was faster; its folder was made from the same recipe or is refused
+            tokens.rename(folder)
+        except OSError as error:  # another run was faster; its folder was made from the same recipe or is refused
+            if not folder.exists():
+                raise ValueError(f"token folder {folder} can't be made: {error}; remove what is in its place") from error
             prepare(
                 folder,
                 sources,

@@ -33,7 +33,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, images, exported):
-    """(options, run folder): a probe that grows, in one layer of a block, tokens of its own; with an average and a teacher."""
+    """(options, run folder): a probe whose ffn grows tokens of its own, with an average and a teacher."""
     folder = tmp_path_factory.mktemp("probe")
     config = write_vision(folder, images, [GROW_ONCE, {"class_path": "EMA", "init_args": {"decay": 0.5}}])
     options = [
