@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.parquet import columns_of, rows_of
-from datamodules.reading import COMPRESSED, opened, read_text
+from datamodules.reading import CHUNK, COMPRESSED, lines_of, texts_of
 
 KINDS, ENDINGS = (".txt", ".jsonl", ".parquet"), ".txt, .jsonl (.gz and .zst of both) or .parquet"
 SAVED_DATASET = ("dataset_dict.json", "state.json")  # what save_to_disk writes
@@ -61,8 +61,7 @@ class FileSource:
             elif _kind(path) == ".jsonl":
                 yield from (text_of(row, self.form.text_field, where) for where, row in self._json_lines(path))
             else:
-                text = read_text(path, self.form.encoding)
-                yield from text.split(self.form.document_separator) if self.form.document_separator else [text]
+                yield from texts_of(path, self.form.encoding, self.form.document_separator)
 
     def rows(self) -> Iterator[tuple[str, Any]]:
         """(where it is, row) of each row."""
@@ -75,20 +74,19 @@ class FileSource:
                 raise ValueError(f"data source {path}: is text, and rows with named fields are needed: give .jsonl")
 
     def _json_lines(self, path: Path) -> Iterator[tuple[str, Any]]:
-        with opened(path, self.form.encoding) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}:{number}: not JSON ({error.msg} at column {error.colno}): {shown(line.strip())}; "
-                        "each line of a .jsonl file is a JSON object: mend or remove this one"
-                    ) from error
-                except (RecursionError, ValueError) as error:  # nested too deep, a number of too many digits
-                    raise ValueError(f"{path}:{number}: can't be read as JSON ({error}): remove this line") from error
-                yield f"{path}:{number}", row
+        for number, line in enumerate(lines_of(path, self.form.encoding), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}:{number}: not JSON ({error.msg} at column {error.colno}): {shown(line.strip())}; "
+                    "each line of a .jsonl file is a JSON object: mend or remove this one"
+                ) from error
+            except (RecursionError, ValueError) as error:  # nested too deep, a number of too many digits
+                raise ValueError(f"{path}:{number}: can't be read as JSON ({error}): remove this line") from error
+            yield f"{path}:{number}", row
 
     def _parquet(self, path: Path) -> Iterator[str]:
         field, columns = self.form.text_field, dict.fromkeys(columns_of(path))
@@ -106,7 +104,9 @@ class FileSource:
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {0 if read else status.st_mtime_ns} ".encode())
             if read:
-                digest.update(path.read_bytes())
+                with path.open("rb") as file:
+                    for chunk in iter(lambda: file.read(CHUNK), b""):
+                        digest.update(chunk)
         return digest.hexdigest()
 
 

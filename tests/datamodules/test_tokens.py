@@ -8,6 +8,7 @@ import pytest
 
 from datamodules import tokens
 from datamodules.text import TextDataModule
+from datamodules.tokenizer import train_bpe
 from datamodules.tokens import FORMAT, TokenFile
 from tests.datamodules.conftest import documents_of, module
 
@@ -96,6 +97,28 @@ def test_a_half_written_folder_is_refused(corpus, data, corrupt, message):
         use()
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_long_text_is_encoded_in_pieces_to_the_same_tokens(tmp_path, monkeypatch, tokenizer):
+    text = "".join(f"line number {i}\n" for i in range(300)) + " word" * 300 + "x" * 500
+    (tmp_path / "a.txt").write_text(text)
+    if tokenizer == "bpe":
+        train_bpe([text], 300).save(tmp_path / "tokenizer.json")
+        tokenizer = str(tmp_path / "tokenizer.json")
+    found = []
+    for piece in (2**22, 100):
+        monkeypatch.setattr("datamodules.encoding.PIECE", piece)
+        made = {"tokenizer": tokenizer, "val_source": str(tmp_path / "a.txt")}
+        data = module((tmp_path / "a.txt",), tmp_path / str(piece), **made)
+        data.prepare_data()
+        data.setup("fit")
+        (split,) = (file.split for file in data.train.files)
+        assert (split.documents, split.bytes, split.tokens) == (1, len(text), len(data.train.files[0].ids))
+        assert documents_of(data.train.ids, data.tokenizer) == [text]
+        found.append(data.train.ids.tolist())
+    cut = 0 if tokenizer == "bytes" else 100  # the word of x's, which has no place to be cut at
+    assert found[0][: len(found[0]) - cut] == found[1][: len(found[0]) - cut]
+
+
 def test_tokens_of_other_data_are_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(100)))
@@ -167,7 +190,7 @@ def test_a_link_in_the_place_of_a_token_folder_is_left_alone(corpus, tmp_path, t
     if target:
         (elsewhere.write_text if target == "a file" else lambda _: elsewhere.mkdir())("theirs")
     data.folder.symlink_to(elsewhere)
-    with pytest.raises(ValueError, match="half-written or not a token folder" if target else "remove what is in its"):
+    with pytest.raises(ValueError, match="half-written or not a token folder" if target else "remove what is there"):
         data.prepare_data()
     assert data.folder.is_symlink()
     assert list(data.cache_dir.iterdir()) == [data.folder]
@@ -186,7 +209,7 @@ def test_a_place_where_no_folder_can_be_made_is_named(corpus, tmp_path, place):
 
 def test_an_interrupted_preparation_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
     data = module(corpus, tmp_path, num_processes=1)
-    monkeypatch.setattr("datamodules.tokens._encode", lambda *_: 1 / 0)
+    monkeypatch.setattr("datamodules.encoding._encode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         data.prepare_data()
     assert list(tmp_path.iterdir()) == []
@@ -199,7 +222,7 @@ def test_any_number_of_cores_writes_the_same_file_without_new_processes(corpus, 
         raise RuntimeError("a new process was started")
 
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", start)
-    monkeypatch.setattr("datamodules.tokens.BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr("datamodules.encoding.BATCH_CHARACTERS", 1000)
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")
     files = []
     for cores in (1, 3):
