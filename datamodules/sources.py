@@ -205,6 +205,8 @@ class HuggingFace:
         self.path, _, config = path.partition(":")
         self.config = config or None
         self.split = self.split or "train"
+        if not self.path:
+            raise ValueError(f"data source {spec!r}: names no dataset: give hf:PATH[:CONFIG][@SPLIT]")
         if self.split not in self.splits():
             raise ValueError(f"data source {spec!r}: has no split {self.split!r}, but {', '.join(self.splits())}")
 

@@ -7,6 +7,7 @@ import datasets
 import pyarrow
 import pytest
 
+from datamodules.image_sources import open_source as open_images
 from datamodules.sources import TextFormat, open_source
 from datamodules.text import TextDataModule
 from tests.datamodules.conftest import documents_of
@@ -258,3 +259,17 @@ def test_what_is_no_utf_8_is_shown_wherever_it_is(tmp_path, monkeypatch, start):
     (tmp_path / "a.txt").write_bytes(f"{start}good ".encode() + b"\xc3\n and")
     with pytest.raises(ValueError, match=rf"a\.txt:{start.count(chr(10)) + 1}, b'.*\\xc3'?"):
         texts_of(str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("name", ["", ":config", "@train", "script", "script/script.py", "../nothing", "-rf", "a b\nc"])
+def test_no_name_of_a_data_set_runs_anything(tmp_path, monkeypatch, name):
+    """Scripts are no longer run by any version of datasets that is allowed; the others are no data sets."""
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script/script.py").write_text(f"open({str(tmp_path / 'was here')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="names no dataset: give" if name[:1] in ":@" else "can't be read: "):
+        open_source(f"hf:{name}", TextFormat())
+    with pytest.raises(ValueError, match=r"data\.source='hf:"):
+        open_images(f"hf:{name}")
+    assert not (tmp_path / "was here").exists()
