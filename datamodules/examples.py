@@ -19,10 +19,10 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
+from datamodules.encoding import encoding_threads
 from datamodules.sources import shown
 from datamodules.splits import hash_of, valid_text
 from datamodules.tokenizer import Tokenizer
-from datamodules.tokens import encoding_threads
 
 QUESTION = "### Instruction:\n{}\n\n### Response:\n"
 INPUT = "{}\n\n### Input:\n{}"

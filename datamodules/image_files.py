@@ -21,6 +21,8 @@ ENDINGS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".ico"),
     *(".tif", ".tiff", ".ppm", ".pgm"),
 )
+# Pillow's names of these formats. It knows more, and lets Ghostscript run what is in an EPS.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "DIB", "GIF", "ICO", "TIFF", "PPM")
 # Modes of Pillow with 8 bits a channel, or a table of such colors.
 EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
@@ -67,6 +69,8 @@ class Images(ABC):
         """
         try:
             stored = Image.open(io.BytesIO(self.data(index)))
+            if stored.format not in FORMATS:
+                raise UnidentifiedImageError
             stored.load()
             image = in_8_bits(stored)
             return image if image.mode == mode else image.convert(mode)

@@ -106,6 +106,8 @@ def _described(spec: str, setting: str) -> tuple[str, str | None, dict[str, Any]
     import datasets
 
     path, _, config = spec.removeprefix("hf:").partition(":")
+    if not path:
+        raise ValueError(f"{setting}={spec!r}: names no data set: give hf:PATH[:CONFIG]")
     try:
         builder = datasets.load_dataset_builder(path, config or None)
         features, splits = builder.info.features, builder.info.splits

@@ -4,10 +4,13 @@ import codecs
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader, RawIOBase, TextIOWrapper
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
 
 COMPRESSED = (".gz", ".zst")
+LONGEST = 2**30  # characters of a line or a text, which have to be in memory as a whole, and more than once
+CHUNK = 2**20  # characters, or bytes, that are read at a time
 MOST_INFLATED, LEAST_INFLATED = 200, 2**26  # times the size of a compressed file, and bytes in any case
 REMEDY = "set data.encoding to the file's (utf-16, cp1252, latin-1, ...), or save it as UTF-8"
 
@@ -16,6 +19,42 @@ def read_text(path: Path, encoding: str = "utf-8", remedy: str = REMEDY) -> str:
     """A text file, whole; see :func:`opened`."""
     with opened(path, encoding, remedy) as file:
         return file.read()
+
+
+def texts_of(path: Path, encoding: str, separator: str | None) -> Iterator[str]:
+    """The texts of a file, between separators; without one the file is a text.
+
+    Raises:
+        ValueError: for a longer one than LONGEST, and as :func:`opened`.
+    """
+    with opened(path, encoding) as file:
+        text = ""  # the last one so far
+        # Twice as much each time, so that no part is split many times.
+        while chunk := file.read(min(max(CHUNK, len(text)), LONGEST + 1 - len(text))):
+            *whole, text = (text + chunk).split(separator) if separator else [text + chunk]
+            yield from whole
+            if len(text) > LONGEST:
+                raise ValueError(
+                    f"{path}: has a text of more than {LONGEST:,} characters: set data.document_separator to what is "
+                    "between its texts, or divide the file"
+                )
+        yield text
+
+
+def lines_of(path: Path, encoding: str) -> Iterator[str]:
+    """The lines of a file, each with its end.
+
+    Raises:
+        ValueError: for a longer one than LONGEST, and as :func:`opened`.
+    """
+    with opened(path, encoding) as file:
+        for number in count(1):
+            line = file.readline(LONGEST)
+            if len(line) == LONGEST and not line.endswith("\n"):
+                raise ValueError(f"{path}:{number}: a line of more than {LONGEST:,} characters: remove it")
+            if not line:
+                return
+            yield line
 
 
 @contextmanager
@@ -56,7 +95,7 @@ class _Inflated(RawIOBase):
     def __init__(self, path: Path) -> None:
         import pyarrow
 
-        self.path, self.left = path, MOST_INFLATED * path.stat().st_size + LEAST_INFLATED
+        self.path, self.left = path, most_inflated(path)
         self.stream = pyarrow.input_stream(str(path), compression="detect")
 
     def readable(self) -> bool:
@@ -67,12 +106,22 @@ class _Inflated(RawIOBase):
         content = self.stream.read(len(buffer))
         self.left -= len(content)
         if self.left < 0:
-            raise ValueError(
-                f"{self.path}: unpacks to more than {MOST_INFLATED} times its size: no text does, so it is not read. "
-                "If it is one, unpack it yourself"
-            )
+            raise far_more(self.path)
         buffer[: len(content)] = content
         return len(content)
+
+
+def most_inflated(path: Path) -> int:
+    """Bytes that a compressed file may unpack to."""
+    return MOST_INFLATED * path.stat().st_size + LEAST_INFLATED
+
+
+def far_more(path: Path) -> ValueError:
+    """The error of one that unpacks to more."""
+    return ValueError(
+        f"{path}: unpacks to more than {MOST_INFLATED} times its size: no text does, so it is not read. If it is one, "
+        "unpack it yourself, into .txt or .jsonl"
+    )
 
 
 def _wide(start: bytes) -> str | None:
@@ -89,10 +138,15 @@ def _line(path: Path, encoding: str) -> str:
     """The number of the first line that can't be decoded, and what is there; of UTF-16 and 32, nothing."""
     if encoding.startswith(("utf-16", "utf-32")):
         return ""
-    with TextIOWrapper(_binary(path), "latin-1", newline="\n") as lines:  # a character is a byte
-        for number, line in enumerate(lines, 1):
+    decoder, number = codecs.getincrementaldecoder(encoding)(), 1
+    with _binary(path) as file:
+        for chunk in chain(iter(lambda: file.read(CHUNK), b""), [b""]):
             try:
-                line.encode("latin-1").decode(encoding)
+                decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                return f":{number}, {error.object[max(0, error.start - 20) : error.start + 20]!r}"
+                before, after = error.object[: error.start], error.object[error.start : error.start + 20]
+                shown = before.rpartition(b"\n")[2][-20:] + after[: after.find(b"\n") + 1 or None]
+                number += before.count(b"\n")
+                return f":{number}, {shown!r}"
+            number += chunk.count(b"\n")
     return ""

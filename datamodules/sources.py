@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.reading import COMPRESSED, opened, read_text
+from datamodules.parquet import columns_of, rows_of
+from datamodules.reading import CHUNK, COMPRESSED, lines_of, texts_of
 
 KINDS, ENDINGS = (".txt", ".jsonl", ".parquet"), ".txt, .jsonl (.gz and .zst of both) or .parquet"
 SAVED_DATASET = ("dataset_dict.json", "state.json")  # what save_to_disk writes
@@ -60,8 +61,7 @@ class FileSource:
             elif _kind(path) == ".jsonl":
                 yield from (text_of(row, self.form.text_field, where) for where, row in self._json_lines(path))
             else:
-                text = read_text(path, self.form.encoding)
-                yield from text.split(self.form.document_separator) if self.form.document_separator else [text]
+                yield from texts_of(path, self.form.encoding, self.form.document_separator)
 
     def rows(self) -> Iterator[tuple[str, Any]]:
         """(where it is, row) of each row."""
@@ -69,32 +69,32 @@ class FileSource:
             if _kind(path) == ".jsonl":
                 yield from self._json_lines(path)
             elif _kind(path) == ".parquet":
-                rows = (row for _, batch in _record_batches(path) for row in batch.to_pylist())
-                yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+                yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows_of(path), 1))
             else:
                 raise ValueError(f"data source {path}: is text, and rows with named fields are needed: give .jsonl")
 
     def _json_lines(self, path: Path) -> Iterator[tuple[str, Any]]:
-        with opened(path, self.form.encoding) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}:{number}: not JSON ({error.msg} at column {error.colno}): {shown(line.strip())}; "
-                        "each line of a .jsonl file is a JSON object: mend or remove this one"
-                    ) from error
-                except (RecursionError, ValueError) as error:  # nested too deep, a number of too many digits
-                    raise ValueError(f"{path}:{number}: can't be read as JSON ({error}): remove this line") from error
-                yield f"{path}:{number}", row
+        for number, line in enumerate(lines_of(path, self.form.encoding), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}:{number}: not JSON ({error.msg} at column {error.colno}): {shown(line.strip())}; "
+                    "each line of a .jsonl file is a JSON object: mend or remove this one"
+                ) from error
+            except (RecursionError, ValueError) as error:  # nested too deep, a number of too many digits
+                raise ValueError(f"{path}:{number}: can't be read as JSON ({error}): remove this line") from error
+            yield f"{path}:{number}", row
 
     def _parquet(self, path: Path) -> Iterator[str]:
-        field = self.form.text_field
-        texts = ((columns, text) for columns, batch in _record_batches(path, field) for text in batch[0].to_pylist())
-        for row, (columns, text) in enumerate(texts, 1):
-            yield text if isinstance(text, str) else text_of(columns | {field: text}, field, f"{path}, row {row}")
+        field, columns = self.form.text_field, dict.fromkeys(columns_of(path))
+        if field not in columns:
+            text_of(columns, field, str(path))
+        for number, row in enumerate(rows_of(path, field), 1):
+            text = row[field]
+            yield text if isinstance(text, str) else text_of(columns | row, field, f"{path}, row {number}")
 
     def fingerprint(self) -> str:
         """Changes when a file's name or contents do; of a corpus that takes long to read, its name, size or time."""
@@ -104,23 +104,10 @@ class FileSource:
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {0 if read else status.st_mtime_ns} ".encode())
             if read:
-                digest.update(path.read_bytes())
+                with path.open("rb") as file:
+                    for chunk in iter(lambda: file.read(CHUNK), b""):
+                        digest.update(chunk)
         return digest.hexdigest()
-
-
-def _record_batches(path: Path, field: str | None = None) -> Iterator[tuple[dict[str, None], Any]]:
-    """(all columns, rows) of a parquet file, a thousand or so at a time; with a field only that is read."""
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        columns = dict.fromkeys(table.schema_arrow.names)
-        if field is not None and field not in columns:
-            text_of(columns, field, str(path))
-        for batch in table.iter_batches(batch_size=1024, columns=None if field is None else [field]):
-            yield columns, batch
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no parquet file, or corrupted: {error}") from error
 
 
 def _files(pattern: str) -> list[Path]:
@@ -218,6 +205,8 @@ class HuggingFace:
         self.path, _, config = path.partition(":")
         self.config = config or None
         self.split = self.split or "train"
+        if not self.path:
+            raise ValueError(f"data source {spec!r}: names no dataset: give hf:PATH[:CONFIG][@SPLIT]")
         if self.split not in self.splits():
             raise ValueError(f"data source {spec!r}: has no split {self.split!r}, but {', '.join(self.splits())}")
 

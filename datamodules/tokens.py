@@ -11,11 +11,6 @@ import os
 import shutil
 import tempfile
 import warnings
-from array import array
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,13 +20,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from datamodules.encoding import encode_all, pieces
 from datamodules.sources import Source
 from datamodules.splits import documents_of, too_few
 from datamodules.tokenizer import JSONTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 FORMAT = 1
-BATCH_CHARACTERS = 2**20  # text that one thread encodes at a time
-PARALLELISM = "TOKENIZERS_PARALLELISM"  # whether the tokenizers package starts threads of its own
 SAMPLED_BLOCKS, SAMPLED_BLOCK = 64, 2**12  # of a fingerprint; tokens
 
 
@@ -70,7 +64,7 @@ class TokenFile:
         dtype = np.dtype(metadata["dtype"]).newbyteorder("<")
         expected = self.split.tokens * dtype.itemsize
         actual = path.stat().st_size if path.exists() else 0
-        if actual != expected:
+        if actual != expected or not expected:
             raise ValueError(
                 f"token file {path} has {actual} bytes instead of {expected}: half-written or corrupted; "
                 f"delete {folder} and run `tokenformer prepare` again"
@@ -100,11 +94,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
         if (found := metadata["format"]) == FORMAT:
-            np.dtype(metadata["dtype"])
             metadata.setdefault("recipe", {}).keys()
-            for split in metadata["splits"].values():
-                Split(**split)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+            counts = [count for split in metadata["splits"].values() for count in asdict(Split(**split)).values()]
+            if metadata["dtype"] not in ("uint16", "uint32") or not all(type(count) is int for count in counts):
+                raise ValueError("other numbers than token files have")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is corrupted: delete {folder} and run `tokenformer prepare` again") from error
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}, not {FORMAT}: delete {folder} and prepare again")
@@ -150,15 +144,22 @@ def prepare(
             raise ValueError(f"token folder {folder} was made from other data ({shown}); delete it to tokenize again")
         return
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if leftovers := list(folder.parent.glob(f"{folder.name}.partial-*")):
-        warnings.warn(f"unless another process is writing them, delete what it left: {leftovers}", stacklevel=2)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
-        _write(partial, sources, tokenizer_name, bpe_vocab_size, held_out, num_threads, recipe)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"data.cache_dir={str(folder.parent)!r}: no folder can be made there: {error}") from error
+    if leftovers := [path for path in folder.parent.glob(f"{folder.name}.partial-*") if path != partial]:
+        warnings.warn(f"unless another process is writing them, delete what it left: {leftovers}", stacklevel=2)
+    tokens = partial / "tokens"  # whoever may read a new folder may read this one; `partial` is for its owner alone
+    try:
+        tokens.mkdir()
+        _write(tokens, sources, tokenizer_name, bpe_vocab_size, held_out, num_threads, recipe)
         try:
-            partial.rename(folder)
-        except OSError:  # another run was faster; its folder was made from the same recipe or is refused
+            tokens.rename(folder)
+        except OSError as error:  # another run was faster; its folder was made from the same recipe or is refused
+            if not folder.exists():
+                raise ValueError(f"token folder {folder} can't be made ({error}): remove what is there") from error
             prepare(
                 folder,
                 sources,
@@ -186,7 +187,7 @@ def _write(
             f"too few documents to hold any out: the last {held_out:.3g} of each one's text is validation data"
         )
     if tokenizer_name == "bpe":
-        training = (text for split, text in documents_of(sources, held_out, ends) if split == "train")
+        training = (text for split, text, _ in pieces(documents_of(sources, held_out, ends)) if split == "train")
         tokenizer: Tokenizer = train_bpe(training, bpe_vocab_size)
     else:
         tokenizer = load_tokenizer(tokenizer_name)
@@ -197,9 +198,9 @@ def _write(
     names = [*dict.fromkeys([*sources, *(["val"] if held_out else [])])]
     splits = {name: Split() for name in names}
     files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in names}
-    batches = _batches(documents_of(sources, held_out, ends))
+    texts = pieces(documents_of(sources, held_out, ends))
     with tqdm(desc="tokenizing", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
-        for name, num_documents, num_bytes, ids in _encode_all(batches, tokenizer, dtype, num_threads):
+        for name, num_documents, num_bytes, ids in encode_all(texts, tokenizer, dtype, num_threads):
             files[name].write(ids)
             counts = splits[name]
             counts.tokens += len(ids) // dtype.itemsize
@@ -230,61 +231,3 @@ def _write(
         "recipe": recipe,
     }
     (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-
-
-def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """(split, texts) with about BATCH_CHARACTERS characters."""
-    waiting: dict[str, list[str]] = {}
-    sizes: dict[str, int] = {}
-    for split, text in documents:
-        waiting.setdefault(split, []).append(text)
-        sizes[split] = sizes.get(split, 0) + len(text)
-        if sizes[split] >= BATCH_CHARACTERS:
-            sizes[split] = 0
-            yield split, waiting.pop(split)
-    yield from waiting.items()
-
-
-Encoded = tuple[str, int, int, bytes]  # split, documents, bytes of text, ids
-
-
-def _encode_all(
-    batches: Iterable[tuple[str, list[str]]], tokenizer: Tokenizer, dtype: np.dtype[Any], num_threads: int
-) -> Iterator[Encoded]:
-    """Encode batches, in order; a few batches per thread are under way at a time, so that memory stays bounded.
-
-    Threads, since new processes would run the caller's script again; a `tokenizer.json` is obeyed outside of Python.
-    """
-    under_way: deque[Future[Encoded]] = deque()
-    with encoding_threads(num_threads) as pool:
-        for batch in batches:
-            if len(under_way) >= 4 * num_threads:
-                yield under_way.popleft().result()
-            under_way.append(pool.submit(_encode, tokenizer, dtype, *batch))
-        while under_way:
-            yield under_way.popleft().result()
-
-
-@contextmanager
-def encoding_threads(num_threads: int | None = None) -> Iterator[ThreadPoolExecutor]:
-    """Threads that encode; the tokenizers package starts none of its own meanwhile. Default: about one a core."""
-    pool = ThreadPoolExecutor(num_threads)
-    before = os.environ.get(PARALLELISM)
-    os.environ[PARALLELISM] = "false"  # one thread a core already
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if before is None:
-            del os.environ[PARALLELISM]
-        else:
-            os.environ[PARALLELISM] = before
-
-
-def _encode(tokenizer: Tokenizer, dtype: np.dtype[Any], split: str, texts: list[str]) -> Encoded:
-    ids = array(dtype.char)  # takes lists in half of numpy's time, in which no other thread can work
-    for encoded in tokenizer.encode_batch(texts):
-        ids.fromlist(encoded)
-        ids.append(tokenizer.end_of_text)
-    num_bytes = sum(len(text.encode()) for text in texts)
-    return split, len(texts), num_bytes, np.asarray(ids).astype(dtype).tobytes()

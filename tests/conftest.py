@@ -16,12 +16,19 @@ torch.set_num_threads(1)  # tiny models: more threads wait for each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@pytest.fixture(autouse=True)
-def no_trace_of_other_tests():
+def forget_other_runs():
     """What a DDP run leaves in this process: where its processes have met, and as many threads as there are cores."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
     torch.set_num_threads(1)  # another number, other bits
+
+
+@pytest.fixture(autouse=True)
+def no_trace_of_other_tests():
+    """Before a test, of the fixtures of its file; after it, since those of the next file come before this one."""
+    forget_other_runs()
+    yield
+    forget_other_runs()
 
 
 @pytest.fixture(scope="session")

@@ -113,6 +113,13 @@ def test_an_image_that_is_too_large_says_what_to_do(tmp_path, monkeypatch):
         FileImages(tmp_path).read(0)
 
 
+def test_no_image_is_run_as_a_program(tmp_path):
+    """Pillow gives an EPS, whatever its name is, to Ghostscript."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", "EPS")
+    with pytest.raises(UnreadableImage, match=r"a\.png: can't be read as an image: of no known format"):
+        FileImages(tmp_path).read(0)
+
+
 @pytest.mark.parametrize("rarer", [".jfif JPEG", ".avif AVIF", ".jp2 JPEG2000", ".ICO ICO"])
 def test_rarer_formats_are_read(tmp_path, rarer):
     ending, kind = rarer.split()

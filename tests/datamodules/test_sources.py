@@ -7,6 +7,7 @@ import datasets
 import pyarrow
 import pytest
 
+from datamodules.image_sources import open_source as open_images
 from datamodules.sources import TextFormat, open_source
 from datamodules.text import TextDataModule
 from tests.datamodules.conftest import documents_of
@@ -224,3 +225,51 @@ def test_what_unpacks_to_far_more_is_not_unpacked(tmp_path, ending, monkeypatch)
     (tmp_path / f"t.{ending}").write_bytes(packed)
     with pytest.raises(ValueError, match=f"t.{ending}: unpacks to more than 200 times its size"):
         texts_of(str(tmp_path / f"t.{ending}"))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("separator", [None, "\n", "\n\n", "--"])
+def test_texts_are_the_same_however_little_is_read_at_a_time(tmp_path, monkeypatch, chunk, separator):
+    monkeypatch.setattr("datamodules.reading.CHUNK", chunk)
+    text = "one\n\n\ntwo---three\r\n\r\nfour\n\n"
+    (tmp_path / "a.txt").write_text(text, newline="")
+    text = text.replace("\r\n", "\n")
+    expected = text.split(separator) if separator else [text]
+    assert texts_of(str(tmp_path / "a.txt"), document_separator=separator) == expected
+
+
+def test_a_text_or_a_line_that_never_ends_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("datamodules.reading.LONGEST", 100)
+    monkeypatch.setattr("datamodules.reading.CHUNK", 10)
+    (tmp_path / "whole.txt").write_text("b" * 90 + "\n" + "b" * 9)
+    (tmp_path / "a.txt").write_text("--" + "b" * 10_000)
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "b" * 87 + '"}\n' + "b" * 10_000)
+    assert [len(text) for text in texts_of(f"{tmp_path}/whole.txt")] == [100]
+    for name, message in (
+        ("a.txt", r"a\.txt: has a text of more"),
+        ("a.jsonl", r"a\.jsonl:2: a line of more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            texts_of(str(tmp_path / name), document_separator="--")
+
+
+@pytest.mark.parametrize("start", ["", "a line\n" * 5, "é" * 7 + "\n"])
+def test_what_is_no_utf_8_is_shown_wherever_it_is(tmp_path, monkeypatch, start):
+    monkeypatch.setattr("datamodules.reading.CHUNK", 3)
+    (tmp_path / "a.txt").write_bytes(f"{start}good ".encode() + b"\xc3\n and")
+    with pytest.raises(ValueError, match=rf"a\.txt:{start.count(chr(10)) + 1}, b'.*\\xc3'?"):
+        texts_of(str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("name", ["", ":config", "@train", "script", "script/script.py", "../nothing", "-rf", "a b\nc"])
+def test_no_name_of_a_data_set_runs_anything(tmp_path, monkeypatch, name):
+    """Scripts are no longer run by any version of datasets that is allowed; the others are no data sets."""
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script/script.py").write_text(f"open({str(tmp_path / 'was here')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="names no dataset: give" if name[:1] in ":@" else "can't be read: "):
+        open_source(f"hf:{name}", TextFormat())
+    with pytest.raises(ValueError, match=r"data\.source='hf:"):
+        open_images(f"hf:{name}")
+    assert not (tmp_path / "was here").exists()

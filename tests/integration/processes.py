@@ -22,7 +22,7 @@ _groups: dict[int, "Group"] = {}  # by the number of their processes
 _parent: subprocess.Popen | None = None  # of all groups of this process
 
 
-def run_in_processes(commands: list[list[str]], num_processes: int = 2, timeout: float = 600) -> None:
+def run_in_processes(commands: list[list[str]], num_processes: int = 2, timeout: float = 240) -> None:
     """Run each command line in `num_processes` processes together, on one thread each; fail with their output."""
     if num_processes not in _groups:
         _groups[num_processes] = Group(num_processes)

@@ -19,7 +19,7 @@ def test_two_processes_equal_one(corpus, tmp_path):
     command += [f"--data.val_sources={{more: {corpus[0]}}}"]
     main([*command, "--run_dir", str(tmp_path / "one"), "--data.batch_size=4"])
     process = [sys.executable, "-m", "lit_modules.cli", *command, *DDP, "--run_dir", str(tmp_path / "two")]
-    result = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     for column in ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte", "val/entropy", "val/more/loss"):
         one, two = rows(tmp_path / "one", column), rows(tmp_path / "two", column)
@@ -36,7 +36,7 @@ def test_two_processes_equal_one(corpus, tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "two").rename(tmp_path / "experiment" / "run")
     process = [sys.executable, "-m", "lit_modules.cli", "validate", *command[1:], *DDP, *last]
-    result = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     (validated,) = (tmp_path / "experiment").glob("*-validate")
     trained = rows(tmp_path / "experiment" / "run", "val/loss")[-1][1]
