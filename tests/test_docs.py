@@ -110,6 +110,8 @@ def test_commands_exist_with_their_options(monkeypatch):
             assert first == "-m" or (ROOT / first).exists(), where
             if first == "-m" and rest[0].startswith("benchmarks"):
                 assert (ROOT / rest[0].replace(".", "/")).with_suffix(".py").exists() or rest[0] == "benchmarks", where
+            if first == "-m" and rest[0] == "studies":
+                assert rest[1] in ("NAME", "page") or (ROOT / f"studies/{rest[1]}.yaml").exists(), where
         elif first in COMMANDS:
             missing = {option for option in options(rest) if not re.search(rf"{option}\b", pages[first])}
             if first in ("submit", "sweep"):  # take keys of the config too

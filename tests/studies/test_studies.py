@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from studies.growth import SIZES, add_tokens, build
+from studies.page import section
 from studies.runner import FOLDER, Study, expand, search
 from tokenformer.growth import pattention_layers
 from tokenformer.pattention import Pattention
@@ -32,7 +33,7 @@ def study(tmp_path, monkeypatch):
 
     def run(kind, lr, seed):
         trained.append((kind, lr, seed))
-        return {"loss": math.nan if kind == "c" else (math.log2(lr) - least[kind]) ** 2 + seed}
+        return {"loss": math.nan if kind == "c" else (math.log2(lr) - least[kind]) ** 2 + seed, "params": 10}
 
     monkeypatch.setitem(sys.modules, "studies.parabola", SimpleNamespace(run=run))
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump({"run": "parabola", "seeds": 3, "cells": CELLS}))
@@ -71,6 +72,15 @@ def test_rows_that_are_there_are_not_measured_again(study, tmp_path):
         tuple(rows[-1][n] for n in ("kind", "lr", "seed"))
     ]
     assert Study("toy", tmp_path).best(kind="a")
+
+
+def test_the_page_has_a_line_for_each_cell(study):
+    made, _ = study()
+    lines = section(made).splitlines()
+    assert "| a | 4 | **1.000** (0.000, 1.000, 2.000) |  | 10 |  |" in lines
+    assert "| b | 0.5 | **1.000** (0.000, 1.000, 2.000) |  | 10 |  |" in lines
+    made.rows = made.rows[:1]
+    assert "| b |  | not run yet |  |  |  |" in section(made).splitlines()
 
 
 def test_a_cell_is_a_choice_of_each_list():
