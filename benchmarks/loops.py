@@ -110,6 +110,7 @@ def fit_arguments(config: LMConfig, data: TextDataModule, steps: int, log_every:
         "trainer.log_every_n_steps": log_every,
         "trainer.limit_val_batches": 0,
         "trainer.callbacks": "null",
+        "model.optim.name": "adamw",
         "model.optim.lr": LR,
         "model.optim.warmup_steps": 1,
         "checkpoint.every_n_train_steps": steps,

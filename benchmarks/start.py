@@ -71,6 +71,7 @@ def fit_one_step() -> float:
             "trainer.accelerator=cpu",
             "trainer.devices=1",
             "trainer.max_steps=1",
+            "model.optim.name=adamw",
             "model.optim.warmup_steps=0",
             "trainer.limit_val_batches=0",
         ]

@@ -53,7 +53,7 @@ def gpu_case(
 
 CASES = [
     Case(
-        "quickstart's last size: 4 x 128, T 128, 2048 tokens a step, float32",
+        "small: 4 x 128, T 128, 2048 tokens a step, float32",
         CPU_GOALS,
         {
             "size": sizes(4, 128, 4, 128, 512),

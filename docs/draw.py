@@ -134,7 +134,7 @@ def quickstart() -> str:
     with (DOCS / "quickstart/growth.csv").open(newline="") as file:
         growths = [(float(row["step"]), row["params_before"], row["params_after"]) for row in csv.DictReader(file)]
     left, right, top, bottom = 50, 620, 40, 260
-    last, low, high = grown[-1][0], 1.3, 3.3
+    last, low, high = grown[-1][0], 1.0, 2.8
 
     def place(step: float, loss: float) -> tuple[float, float]:
         return left + step / last * (right - left), bottom - (min(loss, high) - low) / (high - low) * (bottom - top)
@@ -144,13 +144,13 @@ def quickstart() -> str:
         return f'<path class="{kind}" d="M' + "L".join(f"{x:.1f} {y:.1f}" for x, y in places) + '"/>'
 
     parts = []
-    for tenth in range(15, 34, 5):
+    for tenth in range(10, 29, 5):
         y = place(0, tenth / 10)[1]
         parts += [
             f'<path class="grid" d="M{left} {y:.1f}H{right}"/>',
             text(left - 8, y + 4, f"{tenth / 10:.1f}", "small", "end"),
         ]
-    for step in range(0, int(last) + 1, 100):
+    for step in range(0, int(last) + 1, 200):
         parts.append(text(place(step, low)[0], bottom + 18, str(step), "small"))
     for step, before, after in growths:
         x = place(step, low)[0]
