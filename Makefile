@@ -1,4 +1,4 @@
-# make quickstart: set up, then train a TokenFormer on real text (two minutes); quickstart-vision: on images (one).
+# make quickstart: set up, then train a TokenFormer on real text (two and a half minutes); quickstart-vision: on images (one).
 # make test: set up, then run all tests; test-quick: those of single parts, in a minute or so, while you work.
 PYTHON ?= python3
 BIN := .venv/bin

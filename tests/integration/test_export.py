@@ -279,7 +279,9 @@ def test_a_folder_is_trained_on(run, tmp_path):
     settings["checkpoint"]["every_n_train_steps"] = 4
     (tmp_path / "on.yaml").write_text(yaml.safe_dump(settings))
     start = ["--config", str(tmp_path / "on.yaml"), f"--model.init_from={tmp_path / 'model'}"]
-    with pytest.raises(ValueError, match=r"set model\.config to qkv_tokens=64 \(not 16\)"):
+    with pytest.raises(
+        ValueError, match=r"other sizes than .*model\.config\.qkv_tokens=16 \(64 there\).*: leave these out"
+    ):
         main(["fit", *start, "--run_dir", str(tmp_path / "refused")])
     start += [f"--model.config.{name}" for name in ("qkv_tokens=64", "proj_tokens=64", "ffn_tokens=128")]
     main(["validate", *start, "--run_dir", str(tmp_path / "validated")])
