@@ -17,6 +17,7 @@ from tests.integration.growing import config_of, contents, difference, fit, logg
 from tests.integration.slurm_cluster import Cluster, missing
 
 PRECISE = "--trainer.precision=64-true"
+pytestmark = pytest.mark.timeout(900)  # a job starts processes on two nodes, and a test has up to four jobs
 
 
 @pytest.fixture(scope="module")
