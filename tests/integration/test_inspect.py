@@ -155,7 +155,10 @@ def test_the_page_in_a_browser(inspected, tmp_path):
     page = Image.open(tmp_path / "page.png").convert("RGB")
     assert page.size == (1200, 2000)
     colors = page.getcolors(2**24)
-    assert len(colors) > 200  # pictures and text
+    assert len(colors) > 200
+    pictured = Image.open(inspected / "firing.png").convert("RGB").getcolors(2**24)
+    of_curves = {color for count, color in pictured if max(color) - min(color) > 60 and count > 100}
+    assert sum(count for count, color in colors if color in of_curves) > 50  # the page shows the picture
     dark = sum(count for count, color in colors if sum(color) < 600)
     assert 0.02 < dark / (1200 * 2000) < 0.6
 
