@@ -2,8 +2,9 @@
 
     python -m benchmarks.start [--rounds 5]
 
-Fresh processes in turn. The first step: of `tokenformer fit` with the quickstart's config, and of a bare loop with the
-same model and batch, each from the start of the process to the end of its first optimizer step; tokens are prepared.
+Fresh processes in turn. The first step: of `tokenformer fit` with the quickstart's config and AdamW, and of a bare loop
+with the same model and batch, each from the start of the process to the end of its first optimizer step; tokens are
+prepared.
 """
 
 import subprocess
@@ -32,7 +33,8 @@ import numpy, torch
 from tokenformer import LMConfig, TokenFormerLM
 ids = numpy.fromfile(sys.argv[1], dtype="uint16", count=16 * 129).astype("int64")
 batch = torch.from_numpy(ids).view(16, 129)
-sizes = {"depth": 4, "dim": 128, "num_heads": 4, "qkv_tokens": 64, "proj_tokens": 64, "ffn_tokens": 256}
+sizes = {"depth": 2, "dim": 128, "num_heads": 4, "qkv_tokens": 48, "proj_tokens": 48, "ffn_tokens": 192}
+sizes |= {"init": "scaled", "scale": "learned", "rotary_fraction": 1.0}
 model = TokenFormerLM(LMConfig(**sizes, vocab_size=257, max_seq_len=128))
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 model.loss(batch[:, :-1], batch[:, 1:]).backward()

@@ -126,7 +126,16 @@ class StreamLoader(Loader):
         return {"position": self._stream.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position, with any number of ranks and any batch size."""
+        """Go on from a position, with any number of ranks and any batch size.
+
+        Raises:
+            ValueError: for one in data with phases.
+        """
+        if "position" not in state:
+            raise ValueError(
+                "the checkpoint was trained in phases: resume it with its PhasedDataModule, or start a new run from "
+                "it, model.init_from"
+            )
         self._stream.position = state["position"]
         self.stop()
 

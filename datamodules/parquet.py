@@ -73,7 +73,9 @@ def _largest_dictionary(path: Path) -> int:
 def _pages(content: Any, chunk: Any) -> Iterator[tuple[int, int, bool]]:
     """(bytes when unpacked, values, whether it is a dictionary) of each page that Arrow reads of a column."""
     starts = chunk[9, I64], chunk.get((11, I64), 0)  # of data, of a dictionary if there is one
-    place = min(start for start in starts if start > 0)
+    place = min((start for start in starts if start > 0), default=0)
+    if not place:
+        raise IndexError("a column without a place")
     end, seen = place + chunk[7, I64], 0
     while place < end and seen < chunk[5, I64]:
         header, place = _struct(content, place)

@@ -64,7 +64,15 @@ class PhasedLoader:
         return {"step": self._batches // self._accumulate, "positions": positions}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; without a step from the beginning."""
+        """Go on from there; without a step from the beginning.
+
+        Raises:
+            ValueError: for a position in data without phases.
+        """
+        if state.get("position"):
+            raise ValueError(
+                "the checkpoint was trained on data without phases: start a new run from it, model.init_from"
+            )
         self._batches = state.get("step", 0) * self._accumulate
         for i, loader in enumerate(self._loaders):
             loader.load_state_dict({"position": [*state.get("positions", ()), *[0] * (i + 1)][i]})

@@ -18,6 +18,9 @@ base        the base alone, for `stage` of its steps, to see whether its curve i
 
 keys, of anchored, gate and raised: `matched` to the scores of the old ones on a batch; `key_std`, that of a new layer;
 `channels`, with the deviation that old keys have in each channel; `rms` and `2 rms` of the old keys.
+
+The base has a rate of its own, BASE_RATES, and the first row that needs it has its training in its `seconds`.
+`precision` is that of the stage's training alone.
 """
 
 import math
@@ -57,7 +60,9 @@ def build(size: str, seed: int, factor: int = 1) -> TokenFormerLM:
 @cache
 def base(size: str, optimizer: str, seed: int) -> dict[str, Any]:
     """Weights and optimizer state of the base, trained once by whoever needs it first."""
-    path = BASES / f"{size}-{optimizer}-{seed}.pt"
+    sizes = "-".join(map(str, SIZES[size].values()))
+    trained = f"{optimizer}-{BASE_RATES[optimizer]:g}-{BASE_STEPS[size]}x{BATCH_SIZE}x{SEQ_LEN}"
+    path = BASES / f"{sizes}-{trained}-{seed}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
@@ -136,7 +141,8 @@ def add_tokens(model: TokenFormerLM, kind: str, keys: Keys | str, factor: int, s
     stds = matched_key_stds(model, sums)
     for name, layer in pattention_layers(model).items():
         rms = float(old_keys[name].square().mean().sqrt())
-        stds[name] = {"key_std": layer.key_std, "rms": rms, "2 rms": 2 * rms}.get(keys, stds[name])
+        matched = dict.fromkeys(("matched", "channels", ""), stds[name])
+        stds[name] = (matched | {"key_std": layer.key_std, "rms": rms, "2 rms": 2 * rms})[keys]
     grow_layers(model, planned, init="anchored", seed=seed, key_stds=stds)
     gates = []
     for name, layer in pattention_layers(model).items():

@@ -58,20 +58,24 @@ class Study:
             ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as processes,
             ThreadPoolExecutor(jobs) as searches,
         ):
-            for done in [searches.submit(self._measure_cell, cell, processes) for cell in self.cells]:
-                done.result()
+            try:
+                for done in [searches.submit(self._measure_cell, cell, processes) for cell in self.cells]:
+                    done.result()
+            except BaseException:  # an error or Ctrl-C: begin nothing more
+                searches.shutdown(wait=False, cancel_futures=True)
+                processes.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _measure_cell(self, cell: Settings, processes: ProcessPoolExecutor) -> None:
         settings = {name: value for name, value in cell.items() if name not in ("lr", "lr_near")}
 
         def loss(lr: float, seed: int) -> float:
             wanted = {**settings, "lr": f"{lr:g}", "seed": seed}
-            row = (
-                self.find(wanted)
-                or processes.submit(_timed, self.module, {**settings, "lr": lr, "seed": seed}).result()
-            )
-            if "seconds" in row and row not in self.rows:
-                self._add(wanted | row)
+            row = self.find(wanted)
+            if row is None:
+                found = processes.submit(_timed, self.module, {**settings, "lr": lr, "seed": seed}).result()
+                row = wanted | found
+                self._add(row)
             return float(row["loss"]) if math.isfinite(float(row["loss"])) else math.inf
 
         best = cell["lr"] if "lr" in cell else search(lambda lr: loss(lr, 0), cell["lr_near"])
@@ -123,7 +127,9 @@ def search(loss: Any, near: float) -> float:
             if lr not in tried:
                 tried[lr] = loss(lr)
         lowest = min(tried, key=lambda lr: tried[lr])
-        if lowest == best:
+        if math.isinf(tried[lowest]):  # all diverge
+            lowest = best / 2
+        if lowest == best or len(tried) > 30:
             return best
         best = lowest
 

@@ -1,6 +1,7 @@
 """The plain loop of all studies: the suite's models, data, optimizers and schedules, without Lightning."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -62,7 +63,7 @@ def train(
     muon = block_matrices(model) if optimizer_name == "muon" else None
     optimizer = make_optimizer(param_groups(model, config.weight_decay, muon=muon), config)
     if state is not None:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(deepcopy(state))  # torch would train on the tensors of the caller
         for group in optimizer.param_groups:
             group |= {"lr": lr, "initial_lr": lr}
     scheduler = lr_scheduler(optimizer, config, steps)

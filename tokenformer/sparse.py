@@ -27,7 +27,12 @@ def attend_to_largest(
 
     Returns:
         (..., D_out).
+
+    Raises:
+        ValueError: for a k below 1.
     """
+    if k < 1:
+        raise ValueError(f"top_k={k}: must be at least 1")
     normalised = []
     for keys, _, tau, norm_tokens in operators:
         scores = x @ joined(keys).T

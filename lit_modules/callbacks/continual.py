@@ -28,17 +28,23 @@ class ContinualMatrix(Callback):
         self.rows: list[forgetting.Row] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Also what a run was killed in; the files have what the checkpoint knows."""
+        """Also what a run was killed in. Phases that end elsewhere now are no longer those of the rows."""
+        ends = self._ends(trainer)
+        self.rows = [row for row in self.rows if ends.get(row["step"]) == row["phase"]]
         self._evaluate_if_due(trainer, pl_module)
         self._write(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         self._evaluate_if_due(trainer, pl_module)
 
+    def _ends(self, trainer: Trainer) -> dict[int, str]:
+        """The step after each phase, by which it is known."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        return {0: START} | {data.phase_starts[phase.name] + phase.steps: phase.name for phase in data.trained}
+
     def _evaluate_if_due(self, trainer: Trainer, module: Any) -> None:
         step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]
-        ends = {data.phase_starts[phase.name] + phase.steps: phase.name for phase in data.trained}
-        due = ({0: START} | ends).get(step)
+        due = self._ends(trainer).get(step)
         known = any(row["step"] == step for row in self.rows)
         if due is None or known or not trainer.limit_val_batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

@@ -120,7 +120,7 @@ class GrowParameterTokens(Callback):
 
     def _check_room(self, steps: list[int | None], trainer: Trainer, module: TokenFormerModule) -> None:
         anneal_steps = self.anneal_steps if self.recipe.scale == "anneal" else 0
-        check_room(steps, num_steps(trainer), module.optim, self.schedule == "restart", anneal_steps)
+        check_room(steps, num_steps(trainer), module.learning_rate, self.schedule == "restart", anneal_steps)
 
     def _check_sharded(self, module: TokenFormerModule) -> None:
         """What can't be done to parameters of which each process has a part."""

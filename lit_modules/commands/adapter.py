@@ -64,7 +64,7 @@ def save(source: Path, out: Path, base: Path | None = None, weights: Weights = "
     checkpoint = read_checkpoint(source)
     model = model_from_checkpoint(checkpoint, weights)
     if base is None:
-        segments = cut_off(model, _first_new(checkpoint, model, source))
+        segments = cut_off(model, _first_new(checkpoint, model, source, weights))
     else:
         trained_on = load_model(base)
         segments = cut_off(model, _beyond(trained_on, model, base))
@@ -84,7 +84,7 @@ def save(source: Path, out: Path, base: Path | None = None, weights: Weights = "
     )
 
 
-def _first_new(checkpoint: dict[str, Any], model: Any, source: Path) -> dict[str, int]:
+def _first_new(checkpoint: dict[str, Any], model: Any, source: Path, weights: Weights) -> dict[str, int]:
     """How many segments of each layer were frozen, by the record of the last growths, those of `train: new`."""
     alone = takewhile(
         lambda record: record.get("train") == "new" and "new" in record, checkpoint.get("growths", [])[::-1]
@@ -99,10 +99,11 @@ def _first_new(checkpoint: dict[str, Any], model: Any, source: Path) -> dict[str
         raise ValueError(f"{source}: was trained outside of its new tokens: {_listed(outside)}; {ORDER}")
     average, current = (checkpoint.get(key, {}) for key in ("state_dict", "current_model_state"))
     frozen = [name for name in current if name.removeprefix("model.") not in new | _buffers(new)]
-    if moving := [name for name in frozen if not torch.equal(average[name], current[name])]:
+    moving = [name for name in frozen if not torch.equal(average[name], current[name])]
+    if moving and weights == "average":
         raise ValueError(
             f"{source}: the average of what was trained before the growth is another than the frozen weights "
-            f"({_listed(moving)}): train an adapter without EMA, on a model that is exported"
+            f"({_listed(moving)}): take --weights raw, or train without EMA on a model that is exported"
         )
     return {
         name: next((i for i in range(len(layer.segments)) if f"{name}.segments.{i}.keys" in new), len(layer.segments))

@@ -5,7 +5,7 @@ config.yaml of the run (with EMA, the average writes). A prompt is the beginning
 end-of-text token, with a --stop, which is left out, or after --max_new_tokens.
 
   tokenformer generate models/150m --prompt "The meaning of life is" --temperature 0.8 --top_p 0.95
-  tokenformer generate runs/quickstart/20260131-120000-ab12/checkpoints/step-00000600.ckpt --prompt "def " --stop "def "
+  tokenformer generate runs/quickstart/20260131-120000-ab12/checkpoints/step-00001400.ckpt --prompt "def " --stop "def "
   tokenformer generate models/150m --prompt "One: " --prompt "Two: " --prompt_file letter.txt --temperature 0
   tokenformer generate models/150m --prompt "Once upon" --num_samples 3 --max_new_tokens 5000 --crop
   tokenformer generate models/150m --interactive --stop "Q:"
@@ -155,10 +155,11 @@ def main(args: list[str]) -> None:
         raise ValueError('no prompt: give --prompt TEXT or --prompt_file FILE; --prompt "" begins a document')
     if "" in given["stop"]:
         raise ValueError('--stop "": give a text')
-    model = load_model(source, adapters=given.pop("adapter"))
+    adapters = given.pop("adapter")
+    model = load_model(source, adapters=adapters)
     if not isinstance(model, TokenFormerLM):
         raise ValueError(f"{source} is an image model and writes no text: `tokenformer predict` names images")
-    keep_asked(model, segments)
+    keep_asked(model, segments, adapters)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,7 +19,7 @@ A token fires where its score is above 0: its weight is positive there. It is de
 always does.
 
   tokenformer inspect models/150m --text letters.txt --out inside
-  tokenformer inspect runs/quickstart/20260131-120000-ab12/checkpoints/step-00000500.ckpt --text README.md --out inside
+  tokenformer inspect runs/quickstart/20260131-120000-ab12/checkpoints/step-00001400.ckpt --text README.md --out inside
   tokenformer inspect models/vit --images photos/val --out inside --ablate
 
 --ablate shows where knowledge sits: it zeroes the value tokens of all feed-forwards, of all projections and of each

@@ -1,6 +1,7 @@
 """`--segments`: which of a grown model's segments a command uses."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from tokenformer.parts import keep_segments
@@ -13,18 +14,20 @@ def add_segments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["all"],
         metavar="WHICH",
-        help="which of a grown model: all (default), first K, or numbers; 0 is what it began with, 1 its first growth",
+        help="all (default), first K, or numbers: 0 is what a layer of a grown model began with, 1 its first growth",
     )
 
 
-def keep_asked(model: Any, words: list[str]) -> None:
+def keep_asked(model: Any, words: list[str], adapters: Sequence[str] | None = None) -> None:
     """Leave a model the segments that were asked for.
 
     Raises:
-        ValueError: for other words, and for segments that can't be left out.
+        ValueError: for other words, for segments that can't be left out, and beside adapters, which are segments too.
     """
     if words == ["all"]:
         return
+    if adapters:
+        raise ValueError("--segments and --adapter: an adapter belongs to the whole base: give one of the two")
     try:
         numbers = [int(word) for word in words[words[0] == "first" :]]
     except ValueError:

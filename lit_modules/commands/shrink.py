@@ -33,16 +33,16 @@ def shrink(source: Path, keep: float, out: Path, weights: Weights = "average") -
         ValueError: see :func:`tokenformer.elastic.shrunk`; for what can't be read or written.
     """
     with new_folder(out) as folder, TemporaryDirectory() as exported:
-        whole = source
+        whole, notes = source, []
         if not is_exported(source):
             whole = Path(exported) / "whole"
-            export(source, whole, weights)
+            *notes, _ = export(source, whole, weights).splitlines()
         model = from_pretrained(whole)
         smaller = shrunk(model, keep)
         save_pretrained(smaller, folder)
         origin = f"The first {keep:g} of the tokens of `{source.name}`, by `tokenformer shrink`."
         describe_copy(smaller, whole, folder, out.name, origin)
-    return f"wrote {out}: {model.num_params():,} -> {smaller.num_params():,} parameters"
+    return "\n".join([*notes, f"wrote {out}: {model.num_params():,} -> {smaller.num_params():,} parameters"])
 
 
 def main(args: list[str]) -> None:

@@ -3,7 +3,7 @@
 A key with more than one value is varied; of several such keys all combinations are trained. All other options are those
 of fit. Every combination is checked before the first one is trained.
 
-  tokenformer sweep --config configs/language/quickstart.yaml --model.optim.lr 1e-3 2e-3 4e-3
+  tokenformer sweep --config configs/language/quickstart.yaml --model.optim.lr 8e-3 1.6e-2 3.2e-2
   tokenformer sweep --config FILE --model.optim.lr 1e-3 2e-3 --model.optim.weight_decay 0 0.1 --trainer.max_steps 500
   tokenformer sweep --config FILE --model.optim.betas '[0.9,0.95]' '[0.9,0.99]' --run_dir runs/betas
 

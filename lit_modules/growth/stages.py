@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from lit_modules.optim.config import OptimConfig
-from lit_modules.optim.schedule import check_schedule
+from lit_modules.optim.schedule import LearningRate, check_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +137,11 @@ def check_order(stages: Sequence[Stage], steps: Sequence[int | None], max_steps:
 
 
 def check_room(
-    steps: Sequence[int | None], max_steps: int, optim: OptimConfig, restarts: bool, anneal_steps: int
+    steps: Sequence[int | None], max_steps: int, rate: LearningRate, restarts: bool, anneal_steps: int
 ) -> None:
     """Each stage has room for its warm-up, if the schedule restarts, and for the steps in which tau anneals.
+
+    It begins anew with each phase of the data, too.
 
     Raises:
         ValueError: naming the first that has not.
@@ -151,7 +152,8 @@ def check_room(
         if end < 0:
             break
         if restarts:
-            check_schedule(optim, end - start, f"steps {start} to {end}, a stage of schedule: restart")
+            stop = min([end, *(phase for phase in rate.restarts if phase > start)])
+            check_schedule(rate.config, stop - start, f"steps {start} to {stop}, a stage of schedule: restart")
         if start in known and anneal_steps > end - start:
             raise ValueError(f"anneal_steps={anneal_steps} don't fit into steps {start} to {end} of a stage")
 

@@ -175,6 +175,8 @@ class TokenFormerModule(LightningModule, ABC):
             if trainer.max_steps >= 0 and not own:  # else its epochs say, when the loaders are known
                 self._set_num_steps(trainer.max_steps, f"trainer.max_steps={trainer.max_steps}")
         if getattr(trainer, "overfit_batches", 0) and hasattr(getattr(trainer, "datamodule", None), "order"):
+            if self.learning_rate.restarts:
+                raise ValueError("trainer.overfit_batches: the first batches are of one phase: give other data")
             # Lightning has limited the batches by it, and would give the loaders samplers; ours have no use for one.
             self._overfits, trainer.overfit_batches = True, 0.0
 

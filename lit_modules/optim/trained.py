@@ -30,7 +30,7 @@ def trained_names(model: nn.Module, train: Train, what: str = "model.train") -> 
     for pattern in as_patterns(train):
         matched = {name for name in names.values() if pattern == "all" or fnmatchcase(name, pattern)}
         if pattern == "head":
-            matched = {names[p] for p in _classifier(model).parameters()}
+            matched = {names[p] for p in _classifier(model, what).parameters()}
         if not matched and ".segments." not in pattern:  # which growth may bring
             near = get_close_matches(pattern, names.values(), n=3, cutoff=0)
             raise ValueError(
@@ -70,9 +70,9 @@ def check_grown(model: nn.Module, before: set[str], train: Train) -> set[str]:
     return names
 
 
-def _classifier(model: Any) -> nn.ModuleList:
+def _classifier(model: Any, what: str) -> nn.ModuleList:
     if not hasattr(model, "get_classifier"):
-        raise ValueError("model.train=head: only image models have a classifier; give patterns of parameter names")
+        raise ValueError(f"{what}=head: only image models have a classifier; give patterns of parameter names")
     found = model.get_classifier()
     return nn.ModuleList(found if isinstance(found, (tuple, list)) else [found])  # a distilled DeiT has two
 

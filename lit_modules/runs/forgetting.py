@@ -3,6 +3,7 @@
 L[k][j] is the loss on phase j when phases 0 .. k have been trained, L[start][j] that before any.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ Row = dict[str, Any]  # "phase", "step", and of each phase that is evaluated "NA
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
     """Those of METRICS that rows have."""
-    return [metric for metric in METRICS if any(name.endswith(f"/{metric}") for name in rows[0])]
+    return [metric for metric in METRICS if any(name.endswith(f"/{metric}") for name in columns_of(rows))]
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Those of all rows: a resumed run may have phases of which the rows from before know nothing."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def measures(rows: Sequence[Row], metric: str) -> dict[str, float]:
@@ -30,22 +36,24 @@ def measures(rows: Sequence[Row], metric: str) -> dict[str, float]:
     forward_transfer: how much better each phase but the first was, before it was trained, than at the start (FWT).
 
     Means over phases, in units of the metric. Of a loss, too, more forgetting is worse, and more transfer is better.
+    Without forward transfer where a phase was not evaluated before it was trained.
     """
     sign = METRICS[metric]
     before = [row for row in rows if row["phase"] == START]
     trained = [row for row in rows if row["phase"] != START]
     names = [row["phase"] for row in trained]
-    losses = [[sign * row[f"{name}/{metric}"] for name in names] for row in trained]
+    losses = [[sign * row.get(f"{name}/{metric}", math.nan) for name in names] for row in trained]
     if not trained:
         return {}
     last, earlier = losses[-1], range(len(losses) - 1)
     found = {"average": sign * _mean(last)}
     if earlier:
-        found["forgetting"] = _mean([last[j] - min(losses[k][j] for k in earlier) for j in earlier])
+        found["forgetting"] = _mean([last[j] - min(x[j] for x in losses[:-1] if x[j] == x[j]) for j in earlier])
         found["backward_transfer"] = _mean([losses[j][j] - last[j] for j in earlier])
         if before:
-            start = [sign * before[0][f"{name}/{metric}"] for name in names]
-            found["forward_transfer"] = _mean([start[j + 1] - losses[j][j + 1] for j in earlier])
+            start = [sign * before[0].get(f"{name}/{metric}", math.nan) for name in names]
+            forward = _mean([start[j + 1] - losses[j][j + 1] for j in earlier])
+            found |= {"forward_transfer": forward} if math.isfinite(forward) else {}
     return found
 
 
@@ -63,7 +71,7 @@ def with_measures(rows: Sequence[Row]) -> list[Row]:
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
     """`continual.csv`: a row of each phase that was trained, first that from before any."""
-    columns = [*rows[0], *(f"{metric}/{name}" for metric in metrics_of(rows) for name in MEASURES)]
+    columns = [*columns_of(rows), *(f"{metric}/{name}" for metric in metrics_of(rows) for name in MEASURES)]
     write_rows(path, columns, [dict.fromkeys(columns, "") | row for row in with_measures(rows)])
 
 
@@ -72,11 +80,11 @@ def draw(rows: Sequence[Row]) -> Any:
     from matplotlib.figure import Figure  # takes a second to import
 
     metrics = metrics_of(rows)
-    names = [name.removesuffix(f"/{metrics[0]}") for name in rows[0] if name.endswith(f"/{metrics[0]}")]
+    names = [name.removesuffix(f"/{metrics[0]}") for name in columns_of(rows) if name.endswith(f"/{metrics[0]}")]
     width, height = 1.5 + 1.1 * len(names), 1.6 + 0.6 * len(rows)
     figure = Figure((width * len(metrics), height), layout="constrained")
     for metric, axes in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0], strict=True):
-        values = [[row[f"{name}/{metric}"] for name in names] for row in rows]
+        values = [[row.get(f"{name}/{metric}", math.nan) for name in names] for row in rows]
         axes.imshow(values, cmap="Greys" if METRICS[metric] > 0 else "Greys_r", aspect="auto", alpha=0.5)
         for y, line in enumerate(values):
             for x, value in enumerate(line):

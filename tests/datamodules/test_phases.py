@@ -59,6 +59,10 @@ def test_it_goes_on_where_it_was(step):
     accumulating.load_state_dict(state)
     halves = inputs(accumulating)
     assert equal([torch.cat(pair) for pair in zip(halves[::2], halves[1::2], strict=True)], whole[step:])
+    with pytest.raises(ValueError, match="was trained on data without phases"):
+        resumed.load_state_dict({"position": 6})
+    with pytest.raises(ValueError, match="was trained in phases: resume it with its PhasedDataModule"):
+        TrainLoader([TEXTS[0]], seq_len=10, batch_size=2, seed=1).load_state_dict(state)
     resumed.load_state_dict({"position": 0})  # of `overfit_batches`: the first ones again
     assert equal(inputs(resumed), whole)
 

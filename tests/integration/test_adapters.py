@@ -121,6 +121,8 @@ def test_the_wrong_base_is_refused(made, tmp_path):
     now = fingerprint(from_pretrained(tmp_path / "merged"))
     with pytest.raises(ValueError, match=f"was trained on the model {base[:16]}, this one is {now[:16]}"):
         main(["adapter", "add", str(tmp_path / "merged"), *files(made, "both"), "--out", str(tmp_path / "x")])
+    with pytest.raises(ValueError, match="--segments and --adapter: .* give one of the two"):
+        main(["generate", str(made / "base"), "--prompt", "a", "--segments", "0", "--adapter", *files(made, "both")])
     with pytest.raises(ValueError, match="this one is"):
         main(["generate", str(tmp_path / "merged"), "--prompt", "a", "--adapter", *files(made, "both")])
     with pytest.raises(ValueError, match="there is an adapter own already"):
@@ -231,6 +233,14 @@ def test_what_was_trained_besides_is_refused(made, tmp_path):
     averaged = {"model.embedding.weight": torch.zeros(257, 32)}
     with pytest.raises(ValueError, match="average of what was trained before the growth is another"):
         save(lambda saved: saved.update(current_model_state=averaged))
+
+    def averaging(saved):
+        saved["current_model_state"] = dict(saved["state_dict"])
+        saved["state_dict"] |= averaged
+
+    save(averaging, "--weights", "raw")  # which is what the tokens were trained on
+    load_model(made / "base", adapters=[out[1]])
+    (tmp_path / "x.safetensors").unlink()
 
     def shared(saved):
         for name in [name for name in saved["state_dict"] if name.endswith("segments.1.tau")]:

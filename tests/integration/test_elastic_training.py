@@ -1,5 +1,6 @@
 """Runs with ElasticTokens: resumed to the bit, costs, the models that come out of them, what is refused."""
 
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -54,6 +55,10 @@ def test_shrink_writes_the_smaller_model(run, tmp_path, capsys):
     checkpoint = checkpoint_of(run[1], 6)
     main(["shrink", str(checkpoint), "--keep", "0.5", "--out", str(tmp_path / "half")])
     assert "20,576 -> 14,432 parameters" in capsys.readouterr().out
+    (tmp_path / "alone").mkdir()
+    shutil.copy(checkpoint, tmp_path / "alone")  # beside no run that says which tokenizer
+    main(["shrink", str(tmp_path / "alone" / checkpoint.name), "--keep", "0.5", "--out", str(tmp_path / "x")])
+    assert "no tokenizer was written" in capsys.readouterr().out
     half = from_pretrained(tmp_path / "half")
     assert torch.equal(half(IDS), shrunk(load_model(checkpoint), 0.5)(IDS))
     main(["shrink", str(tmp_path / "half"), "--keep", "0.5", "--out", str(tmp_path / "quarter")])

@@ -118,7 +118,32 @@ def test_resumed_equals_uninterrupted(texts, tmp_path):
         assert matrix(run) == matrix(whole)
 
 
+def test_a_resumed_run_may_have_other_phases_ahead(texts, tmp_path):
+    """The last phase goes on for a step, and one more comes, of which nothing was known at the start."""
+    config = yaml.safe_load(texts[1].read_text())
+    _, digits, more = config["data"]["init_args"]["phases"]
+    digits["steps"] = 6
+    more |= {"name": "more", "steps": 2}
+    config["trainer"]["max_steps"] = 12
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(config))
+    main(fit(tmp_path / "more.yaml", tmp_path / "run", resume=checkpoint_of(texts[2], 9)))
+    found = matrix(tmp_path / "run")
+    assert [(row["phase"], row["step"]) for row in found] == [
+        ("start", "0"),
+        ("words", "4"),
+        ("digits", "10"),
+        ("more", "12"),
+    ]
+    assert [row["more/loss"] != "" for row in found] == [False, False, True, True]
+    last, names = {name: float(found[3][f"{name}/loss"]) for name in ("words", "digits", "more")}, ("words", "digits")
+    assert float(found[3]["loss/average"]) == pytest.approx(sum(last.values()) / 3)
+    best = {name: min(float(row[f"{name}/loss"]) for row in found[1:3]) for name in names}
+    assert float(found[3]["loss/forgetting"]) == pytest.approx(sum(last[name] - best[name] for name in names) / 2)
+    assert found[2]["loss/forward_transfer"] != "" == found[3]["loss/forward_transfer"]
+
+
 WRONG = {
+    "the same batches": (["--trainer.overfit_batches=2"], {}, "overfit_batches: the first batches are of one phase"),
     "another length": (["--trainer.max_steps=8"], {}, r"max_steps=8, but the steps of data\.phases are 9 together"),
     "no such phase": ([], {"at_phase": "numbers"}, "at_phase: numbers.*choose one of words, digits"),
     "the first, of a fresh model": ([], {"at_phase": "words"}, "at_step: 0.*has learned nothing yet"),

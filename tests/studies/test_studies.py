@@ -3,6 +3,8 @@
 import csv
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ import yaml
 from studies.growth import SIZES, add_tokens, build
 from studies.page import section
 from studies.runner import FOLDER, Study, expand, search
+from studies.training import train
 from tokenformer.growth import pattention_layers
 from tokenformer.pattention import Pattention
 
@@ -72,6 +75,34 @@ def test_rows_that_are_there_are_not_measured_again(study, tmp_path):
         tuple(rows[-1][n] for n in ("kind", "lr", "seed"))
     ]
     assert Study("toy", tmp_path).best(kind="a")
+
+
+def test_an_error_ends_the_study_at_once(study, monkeypatch, tmp_path):
+    made, trained = study()
+    made.path.unlink()
+    trained.clear()
+    monkeypatch.setattr("studies.runner.ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr("studies.runner._timed", lambda *_: trained.append("x") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Study("toy", tmp_path).measure()
+    assert len(trained) <= 2  # of three cells: the next one may have begun
+
+
+def test_a_rate_is_found_where_the_first_ones_diverge():
+    assert search(lambda lr: math.inf if lr > 0.1 else abs(math.log2(lr / 0.0625)), 1.0) == 0.0625
+
+
+def test_a_training_leaves_the_state_that_it_begins_with():
+    """Other rows begin with it too."""
+    batches = [(torch.randint(0, 257, (2, 16)), torch.randint(0, 257, (2, 16))) for _ in range(2)]
+    data = SimpleNamespace(train_dataloader=lambda: batches)
+    for optimizer in ("adamw", "muon"):
+        model = build("small", 0)
+        state = train(model, data, model.loss, optimizer, 1e-2, 2)
+        before = deepcopy(state)
+        train(model, data, model.loss, optimizer, 1e-2, 2, state=state)
+        for one, two in zip(before["state"].values(), state["state"].values(), strict=True):
+            assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_the_page_has_a_line_for_each_cell(study):

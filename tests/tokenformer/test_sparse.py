@@ -46,6 +46,9 @@ def test_only_the_largest_scores_count(rows, k):
         layer.eval().top_k = 40
         torch.testing.assert_close(layer(x), everything, rtol=1e-12, atol=1e-12)
     assert layer(torch.zeros(2, 6).double()).abs().max() == 0
+    layer.top_k = 0
+    with pytest.raises(ValueError, match="top_k=0: must be at least 1"):
+        layer(x)
 
 
 def test_other_norms_are_refused():

@@ -9,8 +9,10 @@ from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lit_modules.callbacks import EMA, GrowParameterTokens, Throughput
+from lit_modules.growth.stages import check_room
 from lit_modules.modules.vision import VisionModule
 from lit_modules.optim.config import OptimConfig
+from lit_modules.optim.schedule import LearningRate
 from lit_modules.runs.logs import ResumableCSVLogger
 from tokenformer import ViTConfig
 from tokenformer.hardware import peak_flops
@@ -185,6 +187,15 @@ def test_csv_log_goes_on_and_replaces_what_was_lost(tmp_path):
         rows = list(csv.DictReader(file))
     assert [(int(row["step"]), float(row["loss"])) for row in rows] == [(step, float(step)) for step in range(7)]
     assert [row["accuracy"] for row in rows] == ["", "", "", "1.0", "1.0", "1.0", "1.0"]
+
+
+def test_a_growth_in_the_middle_of_a_phase_has_room_for_its_warm_up():
+    """The schedule begins anew with the next phase, whatever the growth wants."""
+    rate = LearningRate(OptimConfig(warmup_steps=200))
+    check_room([250], 600, rate, True, 0)
+    rate.restarts = [0, 300]
+    with pytest.raises(ValueError, match="warmup_steps=200 don't fit into steps 250 to 300"):
+        check_room([250], 600, rate, True, 0)
 
 
 def test_processes_grow_together_where_their_batches_differ_in_length():

@@ -10,7 +10,7 @@ from lit_modules.growth.structure import freeze
 from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
 from lit_modules.optim.config import OptimConfig
-from lit_modules.optim.trained import trained_names
+from lit_modules.optim.trained import trained_after_growth, trained_names
 from tests.lit_modules.modules.tiny_module import CONFIG, module
 from tokenformer import LMConfig
 
@@ -61,6 +61,8 @@ def test_names_of_a_language_model():
     ):
         with pytest.raises(ValueError, match=message):
             trained_names(made.model, train)
+    with pytest.raises(ValueError, match="^train=head: only image models"):
+        trained_after_growth(made.model, ["new", "head"], [])
 
 
 def test_a_probe_of_a_random_backbone_is_refused():
