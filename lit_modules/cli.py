@@ -34,7 +34,7 @@ commands:
                                       tokenformer plan --config FILE
   grow       append parameter tokens to a checkpoint or an exported model
                                       tokenformer grow CKPT --factor 2 --out FILE
-  shrink     keep the first tokens of every layer of a model that was trained with ElasticTokens
+  shrink     keep some of the tokens of every layer: the first ones, or those that are used most
                                       tokenformer shrink CKPT --keep 0.5 --out DIR
   export     make a folder of the model in a checkpoint: safetensors, config, tokenizer, model card
                                       tokenformer export CKPT --out DIR

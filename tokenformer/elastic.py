@@ -34,6 +34,12 @@ def elastic_layers(model: nn.Module) -> dict[str, Any]:
     return layers
 
 
+def check_share(keep: float) -> None:
+    """Refuse what is no share of the tokens."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep={keep}: the share of the tokens that is kept, above 0 and up to 1")
+
+
 def first(count: int, keep: float) -> int:
     """How many of so many tokens, or hidden units, a share of them is."""
     return max(1, round(keep * count))
@@ -58,8 +64,7 @@ def shrunk(model: TokenFormerLM | TokenFormerViT, keep: float) -> TokenFormerLM 
     Raises:
         ValueError: for another share; see :func:`elastic_layers`.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep={keep}: the share of the tokens that is kept, above 0 and up to 1")
+    check_share(keep)
     state, config = consolidated_state(model), present_config(model)
     sizes: dict[str, Any] = {
         name: first(getattr(config, name), keep) for name in ("qkv_tokens", "proj_tokens", "ffn_tokens")

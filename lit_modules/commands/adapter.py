@@ -42,6 +42,7 @@ from tokenformer.adapters import (
 )
 from tokenformer.growth import pattention_layers
 from tokenformer.interop import consolidated_state
+from tokenformer.pruning import By
 
 ORDER = "freeze them (GrowParameterTokens with train: new), or export the whole model"
 
@@ -92,6 +93,8 @@ def _first_new(checkpoint: dict[str, Any], model: Any, source: Path, weights: We
     growths = list(alone)
     if not growths:
         raise ValueError(f"{source}: its last growth was not one of train: new, so more than new tokens was trained")
+    if any(record["init"] in get_args(By) for record in growths):
+        raise ValueError(f"{source}: `tokenformer shrink` took tokens away: export that model, and train from there")
     if moved := [record["scale"] for record in growths if record["scale"] in ("anneal", "current")]:
         raise ValueError(f"{source}: scale: {moved[0]} has moved the tau of old tokens: train with scale: fixed")
     new = {name for record in growths for name in record["new"]}

@@ -20,7 +20,7 @@ from lit_modules.checkpoints.writing import write_checkpoint
 from lit_modules.commands.export import new_folder
 from lit_modules.commands.model_card import model_card
 from lit_modules.commands.tokenizers import TOKENIZER_FILES
-from lit_modules.growth.history import describe
+from lit_modules.growth.history import describe, measured_costs
 from lit_modules.growth.recipe import Recipe, grow_modules
 from lit_modules.growth.stages import Stage
 from lit_modules.modules.language import LanguageModule
@@ -69,10 +69,7 @@ def grow_file(source: Path, out: Path, stage: Stage, recipe: Recipe) -> str:
     before = [_probe(module.model) for module in modules]
     record = grow_modules(modules, stage, recipe)
     after = [_probe(module.model) for module in modules]
-    if "Throughput" not in checkpoint.get("callbacks", {}):
-        raise ValueError(f"{source} does not say what its training has cost, so `tokenformer fit` has not written it")
-    costs = checkpoint["callbacks"]["Throughput"]
-    when = {"step": checkpoint["global_step"], "tokens": costs["tokens"], "flops": costs["flops"]}
+    when = measured_costs(checkpoint, source)
     measured = {"anneal_until": 0, "loss_before": "", "loss_after": "", "seconds": time.perf_counter() - start}
     checkpoint["growths"] = [*checkpoint.get("growths", []), {"stage": None} | when | record | measured]
     for key, module in zip(keys, modules, strict=True):

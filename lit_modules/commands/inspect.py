@@ -39,11 +39,11 @@ from tqdm import tqdm
 
 from lit_modules.commands.calibration import Calibration
 from lit_modules.commands.export import new_folder
-from lit_modules.commands.inspect_inputs import Batch, Images, Texts
+from lit_modules.commands.inspect_inputs import Batch, Images, Texts, shown
 from lit_modules.commands.inspect_page import SeenSegment, write_page
 from lit_modules.modules.loading import Weights, load_model
 from lit_modules.runs.tables import append_rows, write_rows
-from tokenformer import Pattention, TokenFormerLM, TokenFormerViT
+from tokenformer import Pattention
 from tokenformer.growth import pattention_layers
 from tokenformer.inspection import (
     LayerStatistics,
@@ -91,7 +91,7 @@ def inspect(
         model = load_model(source, weights)
         if not (layers := pattention_layers(model)):
             raise ValueError(f"{source}: is a baseline and has no parameter tokens: give a TokenFormer")
-        data = _opened(model, source, text, images, tokenizer)
+        data = shown(model, source, text, images, tokenizer)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model.to(device)
         found = {name: LayerStatistics(layer.num_tokens, TOP, device) for name, layer in layers.items()}
@@ -128,18 +128,6 @@ def inspect(
         summary, title = _summary(segments, losses, calibration), f"{source.name} on {text or images}"
         write_page(folder, title, summary, segments, losses, calibration.rows(), examples, beginning, data)
     return f"{summary}\nwrote {out}: open its index.html"
-
-
-def _opened(
-    model: TokenFormerLM | TokenFormerViT, source: Path, text: Path | None, images: Path | None, tokenizer: str | None
-) -> Texts | Images:
-    if isinstance(model, TokenFormerLM):
-        if text is None:
-            raise ValueError(f"--images {images}: {source} is a language model: give --text FILE")
-        return Texts(model, source, text, tokenizer)
-    if images is None or tokenizer is not None:
-        raise ValueError(f"--text, --tokenizer: {source} is an image model: give --images FOLDER alone")
-    return Images(model, source, images)
 
 
 def _append(path: Path, rows: Rows) -> None:

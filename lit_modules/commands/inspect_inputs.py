@@ -1,4 +1,4 @@
-"""What `tokenformer inspect` shows a model: the tokens of a text file, or the patches of a folder of images.
+"""What `inspect` and `shrink` show a model: the tokens of a text file, or the patches of a folder of images.
 
 B batch, T inputs of a layer for each of its rows, K kinds. A place is a number that an input has in all of the text, or
 in all of the images.
@@ -33,6 +33,7 @@ from lit_modules.commands.tokenizers import check_tokenizer, tokenizer_of
 from tokenformer import TokenFormerLM, TokenFormerViT
 from tokenformer.files import is_exported
 from tokenformer.inspection import Scored, scored
+from tokenformer.loss import linear_cross_entropy
 
 BATCH_INPUTS = 4096  # about so many inputs of a layer at a time
 READ_CHARACTERS = 2**20  # of a text, at a time
@@ -110,6 +111,11 @@ class Texts:
         """What the model predicts for the outputs that count."""
         hidden = self.model.hidden(batch.inputs).flatten(0, 1)[batch.rows]
         return scored(hidden, lambda x: F.linear(x, self.model.output_weight), batch.targets)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy of these, in nats, with a gradient."""
+        hidden = self.model.hidden(batch.inputs).flatten(0, 1)[batch.rows]
+        return linear_cross_entropy(hidden, self.model.output_weight, batch.targets)
 
     def described(self, batch: Batch) -> list[dict[str, Any]]:
         """What these outputs are of, for their rows in predictions.csv: the place that predicts, and the token."""
@@ -217,9 +223,15 @@ class Images:
 
     def score(self, batch: Batch) -> Scored:
         """What the model predicts for the images that count."""
+        return scored(self._pooled(batch), self.model.head, batch.targets)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy of those whose class is known, in nats, with a gradient; nan of none."""
+        return F.cross_entropy(self.model.head(self._pooled(batch)), batch.targets, ignore_index=IGNORE)
+
+    def _pooled(self, batch: Batch) -> Tensor:
         images = batch.inputs.to(self.model.patch_embed.proj.weight)
-        pooled = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
-        return scored(pooled[batch.rows], self.model.head, batch.targets)
+        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)[batch.rows]
 
     def described(self, batch: Batch) -> list[dict[str, Any]]:
         """The files and their classes, for their rows in predictions.csv."""
@@ -252,6 +264,23 @@ class Images:
         image, token = divmod(place, self.num_tokens)
         patch = token - self.model.num_prefix_tokens
         return (image, *divmod(patch, self.size // self.patch)) if patch >= 0 else (image, None, None)
+
+
+def shown(
+    model: TokenFormerLM | TokenFormerViT, source: Path, text: Path | None, images: Path | None, tokenizer: str | None
+) -> Texts | Images:
+    """What --text or --images names, for the model from `source`.
+
+    Raises:
+        ValueError: for the other of the two; see :class:`Texts` and :class:`Images`.
+    """
+    if isinstance(model, TokenFormerLM):
+        if text is None:
+            raise ValueError(f"--images {images}: {source} is a language model: give --text FILE")
+        return Texts(model, source, text, tokenizer)
+    if images is None or tokenizer is not None:
+        raise ValueError(f"--text, --tokenizer: {source} is an image model: give --images FOLDER alone")
+    return Images(model, source, images)
 
 
 def printable(file: str) -> str:

@@ -17,6 +17,18 @@ def count_by_kind(counts: dict[str, int]) -> dict[str, str]:
     return {kind: "-".join(map(str, ends)) for kind, ends in extremes.items()}
 
 
+def measured_costs(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Step, tokens and FLOPs of the training until a checkpoint, for the record of what is done to it.
+
+    Raises:
+        ValueError: where it does not say them.
+    """
+    if "Throughput" not in checkpoint.get("callbacks", {}):
+        raise ValueError(f"{source} does not say what its training has cost, so `tokenformer fit` has not written it")
+    costs = checkpoint["callbacks"]["Throughput"]
+    return {"step": checkpoint["global_step"], "tokens": costs["tokens"], "flops": costs["flops"]}
+
+
 def write_growths(path: Path, growths: list[dict[str, Any]]) -> None:
     """A row of each growth of a model, as CSV; no file without any."""
     if not growths:

@@ -134,17 +134,20 @@ def test_the_wrong_base_is_refused(made, tmp_path):
 
 def test_the_commands_of_the_page_run(made, tmp_path, monkeypatch):
     places = {"runs/french/20260131-120000-ab12": made / "run", "models/small": made / "base"}
-    places |= {"CKPT": checkpoint_of(made / "run", 2), "code.safetensors": made / "both.safetensors"}
+    places |= {"models/whole": made / "base", "code.safetensors": made / "both.safetensors"}
     monkeypatch.chdir(tmp_path)
     for name, place in places.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(place)
-    page = (ROOT / "docs/parts.md").read_text()
-    commands = re.findall(r"^tokenformer ((?:adapter|generate|shrink) .*)", page, re.M)
-    assert len(commands) == 6
+    (tmp_path / "letters.txt").write_text("Dear reader, " * 9)
+    page = (ROOT / "docs/parts.md").read_text().replace("CKPT", str(checkpoint_of(made / "run", 2)))
+    commands = re.findall(r"^tokenformer ((?:adapter|generate|shrink) [^#\n]*)", page, re.M)
+    assert len(commands) == 8
     for command in commands:
         main(shlex.split(command))
-    assert {path.name for path in (tmp_path / "models").iterdir()} == {"small", "both", "french", "merged", "half"}
+    made_of_them = {"both", "french", "merged", "half", "pruned"}
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {"small", "whole"} | made_of_them
+    assert (tmp_path / "pruned.ckpt").is_file()
 
 
 def rewritten(made, change):
