@@ -1,4 +1,4 @@
-"""What should new tokens start from? Small models, trained until their curve is flat, grown and trained on.
+"""What should new tokens start from, and when is growing cheaper than starting over? Small models, grown once.
 
 A base is trained, grown by `factor`, and trained on for `stage` of its steps, with a schedule of its own and the
 optimizer's state. Bytes of Python's standard library, 12 sequences of 96 a step.

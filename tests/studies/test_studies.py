@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from studies.growth import SIZES, add_tokens, build
-from studies.page import section
+from studies.page import PAGE, page, section
 from studies.runner import FOLDER, Study, expand, search
 from studies.training import train
 from tokenformer.growth import pattention_layers
@@ -103,6 +103,10 @@ def test_a_training_leaves_the_state_that_it_begins_with():
         train(model, data, model.loss, optimizer, 1e-2, 2, state=state)
         for one, two in zip(before["state"].values(), state["state"].values(), strict=True):
             assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_page_is_made_of_the_results():
+    assert PAGE.read_text() == page(), "run: python -m studies page"
 
 
 def test_the_page_has_a_line_for_each_cell(study):
