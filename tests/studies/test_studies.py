@@ -137,8 +137,8 @@ def test_rows_are_those_of_the_cells(name):
         for cell in study.cells
     ]
     for row in study.rows:
-        assert {column: row[column] for column in settings[0]} in settings
-    keys = [tuple(row[column] for column in study.columns) for row in study.rows]
+        assert {column: row.get(column, "") for column in settings[0]} in settings
+    keys = [tuple(row.get(column, "") for column in study.columns) for row in study.rows]
     assert len(set(keys)) == len(keys)
 
 
