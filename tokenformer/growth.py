@@ -16,7 +16,7 @@ from tokenformer.parts import remove_segments as remove_segments
 from tokenformer.pattention import Pattention
 from tokenformer.segment import TokenSegment
 
-Init = Literal["zero_keys", "anchored", "segment_norm", "pairs", "split", "random"]
+Init = Literal["anchored", "zero_keys", "segment_norm", "pairs", "split", "random"]
 ScaleAfter = Literal["fixed", "anneal", "learned", "current"]
 
 # Which count of `grow` a layer follows, by the last part of its name.
@@ -29,7 +29,7 @@ def grow(
     proj: int | None = None,
     ffn: int | None = None,
     *,
-    init: Init = "zero_keys",
+    init: Init = "anchored",
     scale: ScaleAfter = "fixed",
     layers: str | Sequence[str] = "all",
     seed: int = 0,
@@ -65,7 +65,7 @@ def grow_layers(
     model: nn.Module,
     planned: Mapping[str, int],
     *,
-    init: Init = "zero_keys",
+    init: Init = "anchored",
     scale: ScaleAfter = "fixed",
     seed: int = 0,
     key_stds: Mapping[str, float] | None = None,
@@ -155,7 +155,9 @@ def check_init(layer: Pattention, added: int, init: Init, name: str) -> None:
     if init == "pairs" and added % 2:
         raise ValueError(f"init: pairs adds tokens two at a time, {name} would get {added}: ask for {now + added + 1}")
     if init == "anchored" and layer.score_norm != "l2_norm_gelu":
-        raise ValueError(f"init: anchored needs score_norm l2_norm_gelu, {name} has {layer.score_norm}")
+        raise ValueError(
+            f"init: anchored needs score_norm l2_norm_gelu, {name} has {layer.score_norm}: choose segment_norm"
+        )
     if init == "split" and (len(layer.norm_groups()) > 1 or layer.has_anchored):
         raise ValueError(f"init: split needs one norm of all tokens, {name} has segments with another")
     if init == "split" and added % now:
@@ -180,7 +182,7 @@ def why_not_exact(init: Init, scale: ScaleAfter, score_norm: str) -> str | None:
 def append_tokens(
     layer: Pattention,
     num_tokens: int,
-    init: Init = "zero_keys",
+    init: Init = "anchored",
     generator: torch.Generator | None = None,
     key_std: float | None = None,
 ) -> None:

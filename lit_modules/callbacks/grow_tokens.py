@@ -37,7 +37,7 @@ class GrowParameterTokens(Callback):
 
     Args:
         stages: when and how far, in order.
-        init: how new tokens start: zero_keys, anchored, segment_norm, pairs, split (all exact), random (the paper's).
+        init: how new tokens start: anchored, zero_keys, segment_norm, pairs, split (all exact), random (the paper's).
         train: all, or new: freeze what is older than the last growth; [new, head], or patterns of names: but for these.
         schedule: restart: the learning rate has a new warm-up and decay in each stage; continue: as without growth.
         scale: tau after growth: fixed; anneal to sqrt(tokens) within `anneal_steps`; learned (a trained gain for layers
@@ -56,7 +56,7 @@ class GrowParameterTokens(Callback):
     def __init__(
         self,
         stages: list[Stage],
-        init: Init = "zero_keys",
+        init: Init = "anchored",
         train: Train = "all",
         schedule: Literal["continue", "restart"] = "restart",
         scale: ScaleAfter = "fixed",

@@ -22,7 +22,7 @@ from tokenformer.net2net import widen
 class Recipe:
     """How growth is done; the fields are those of :class:`lit_modules.callbacks.GrowParameterTokens`."""
 
-    init: Init = "zero_keys"
+    init: Init = "anchored"
     scale: ScaleAfter = "fixed"
     layers: str | list[str] = "all"
     seed: int = 0

@@ -188,7 +188,7 @@ BAD_GROWTH = [
     ({"ffn": 100, "layers": ["fnn"]}, "'fnn' is none of the model's: choose all, some of query, key, value, out, ffn"),
     ({"ffn": 100, "init": "split"}, "split copies all 64 tokens of .* ask for 128 instead of 100"),
     ({"ffn": 95, "init": "pairs"}, "would get 31: ask for 96"),
-    ({"ffn": 96, "init": "zeros"}, "init='zeros': choose one of zero_keys"),
+    ({"ffn": 96, "init": "zeros"}, "init='zeros': choose one of anchored"),
 ]
 
 

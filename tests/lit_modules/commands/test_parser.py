@@ -167,7 +167,7 @@ def test_a_file_that_is_no_config_is_named(text, message, tmp_path, capsys):
 def test_a_bad_value_of_a_callback_is_no_unknown_key(capsys):
     growth = "--trainer.callbacks+=GrowParameterTokens"
     found = refusal(capsys, growth, "--trainer.callbacks.init=zerokeys")
-    assert found.startswith("trainer.callbacks.init='zerokeys': must be zero_keys, anchored, segment_norm, ")
+    assert found.startswith("trainer.callbacks.init='zerokeys': must be anchored, zero_keys, segment_norm, ")
     assert found.endswith("; did you mean 'zero_keys'?")
     found = refusal(capsys, growth, "--trainer.callbacks.stages=[{at_step: 3, fnn: 64}]")
     assert found == "unknown key 'trainer.callbacks.stages.fnn' of Stage: did you mean 'trainer.callbacks.stages.ffn'?"
