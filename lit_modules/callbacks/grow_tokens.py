@@ -227,7 +227,8 @@ class GrowParameterTokens(Callback):
     def _grow(self, trainer: Trainer, module: TokenFormerModule, stage: Stage, batch: Any) -> None:
         start = time.perf_counter()
         loss_before = self._look(trainer, module, module.probe_loss, batch)
-        key_stds = self._matched_key_stds(trainer, module, batch) if self.recipe.init == "anchored" else None
+        matched = self.recipe.init == "anchored" and stage.width is None
+        key_stds = self._matched_key_stds(trainer, module, batch) if matched else None
         averages = averages_of(trainer)
         record = {
             "stage": self._applied(module) + 1,

@@ -105,7 +105,8 @@ def test_the_card_says_what_the_run_has_recorded(run, tmp_path):
 
 def test_a_checkpoint_away_from_its_run_is_exported_without_tokenizer(run, tmp_path, capsys):
     (tmp_path / "alone.ckpt").write_bytes(checkpoint_of(run[1], 14).read_bytes())
-    main(["grow", str(tmp_path / "alone.ckpt"), "--factor", "2", "--out", str(tmp_path / "grown.ckpt")])
+    options = ["--factor", "2", "--init", "zero_keys"]
+    main(["grow", str(tmp_path / "alone.ckpt"), *options, "--out", str(tmp_path / "grown.ckpt")])
     main(["export", str(tmp_path / "grown.ckpt"), "--out", str(tmp_path / "model"), "--dtype", "bfloat16"])
     assert "no tokenizer was written; " in capsys.readouterr().out
     assert not (tmp_path / "model/tokenizer.json").exists()
@@ -359,7 +360,7 @@ def test_an_image_model_is_exported(tmp_path, monkeypatch):
     settings["model"]["init_args"]["config"] |= {"image_size": 8, "patch_size": 4}
     settings["data"]["init_args"] |= {"source": "digits", "image_size": 8, "batch_size": 64}
     settings["data"]["init_args"] |= {"crop_pct": 0.7, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3]}
-    growth = {"stages": [{"at_step": 4, "factor": 2.0}]}
+    growth = {"stages": [{"at_step": 4, "factor": 2.0}], "init": "zero_keys"}
     settings["trainer"]["callbacks"] = [{"class_path": "GrowParameterTokens", "init_args": growth}]
     (tmp_path / "digits.yaml").write_text(yaml.safe_dump(settings))
     main(["fit", "--config", str(tmp_path / "digits.yaml"), "--run_dir", str(tmp_path / "run")])

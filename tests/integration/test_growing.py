@@ -230,7 +230,7 @@ def test_growth_that_moves_the_loss_stops_the_run(corpus, tmp_path, monkeypatch)
     def spoiled(layer, *args):
         exact(layer, *args)
         if not layer.tau.is_meta:
-            layer.segments[-1].keys.data.normal_()
+            layer.segments[-1].values.data.normal_()
 
     monkeypatch.setattr(tokenformer.growth, "append_tokens", spoiled)
     with pytest.raises(RuntimeError, match="verify: growth moved the loss of a batch by .* is allowed in 32-true"):

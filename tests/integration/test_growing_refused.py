@@ -19,7 +19,7 @@ WRONG = {
     "nothing new": ({"stages": [{"at_step": 6, "ffn": 32}]}, "adds no tokens"),
     "no stages": ({"stages": []}, "give at least one"),
     "random, verified": ({"init": "random"}, "init: random .* set verify: false"),
-    "current, verified": ({"scale": "current"}, "scale: current .* set verify: false"),
+    "current, verified": ({"init": "zero_keys", "scale": "current"}, "scale: current .* set verify: false"),
     "zero keys and values": ({"init": "zeros"}, "init"),
     "unknown layer": ({"layers": ["fnn"]}, "'fnn' is none of the model's"),
     "nothing new trained": ({"train": "head"}, r"train='head': choose all, new, or new and .*: \[new, head\]"),
@@ -56,9 +56,11 @@ def test_wrong_schedules_fail_before_training(corpus, tmp_path, growth, message,
     assert not (tmp_path / "run/metrics.csv").exists()
 
 
+ZERO_KEYS = ["--trainer.callbacks.init=zero_keys"]
 WRONG_MODELS = {
-    "softmax": (["--model.config.score_norm=softmax"], "softmax.*not exact"),
-    "current tau": (["--model.config.scale=current"], "scale: current"),
+    "softmax": (["--model.config.score_norm=softmax"], "init: anchored needs .* has softmax: choose segment_norm"),
+    "softmax, zero keys": (["--model.config.score_norm=softmax", *ZERO_KEYS], "softmax.*not exact"),
+    "current tau, zero keys": (["--model.config.scale=current", *ZERO_KEYS], "scale: current"),
     "baseline": (["--model.config.baseline=width"], "baseline does not grow"),
 }
 

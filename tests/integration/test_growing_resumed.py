@@ -173,9 +173,11 @@ def in_two_processes(corpus, tmp_path_factory):
         for name, options, source in (("ddp-to-fsdp2", FULL, "ddp"), ("fsdp2-to-ddp", DDP, "fsdp2, full")):
             resume = checkpoint_of(folder / source / "whole", step)
             commands.append(fit(config, folder / f"other/{name}-{step}", *options, *saving(every=14), resume=resume))
-    # and one that was grown offline
-    main(["grow", str(checkpoint_of(one_process(corpus, folder), 6)), "--factor", "2", "--out", f"{folder}/grown.ckpt"])
-    later = config_of(folder, corpus, stages=STAGES[1:])
+    # and one that was grown offline, which has no batch to match keys to
+    resume = checkpoint_of(one_process(corpus, folder), 6)
+    main(fit(config_of(folder, corpus, init="zero_keys"), folder / "zero-keys", resume=resume))
+    main(["grow", str(resume), "--init", "zero_keys", "--factor", "2", "--out", f"{folder}/grown.ckpt"])
+    later = config_of(folder, corpus, stages=STAGES[1:], init="zero_keys")
     commands.append(fit(later, folder / "offline", *FULL, resume=folder / "grown.ckpt"))
     run_in_processes(commands)
     return folder
@@ -217,9 +219,9 @@ def test_strategies_and_numbers_of_processes_agree(in_two_processes, corpus, tmp
             main(fit(config, folder / f"other/{source}-to-one-{step}", resume=resume))
     runs = [*(folder / "other").iterdir(), *(folder / name / "whole" for name in ("ddp", "fsdp2", "fsdp2, full"))]
     assert len(runs) == 11
-    for run in [*runs, folder / "offline"]:
-        assert difference(one, run) < 1e-5, run
-        losses, expected = dict(rows(run, "train/loss")), dict(rows(one, "train/loss"))
+    for whole, run in [*((one, run) for run in runs), (folder / "zero-keys", folder / "offline")]:
+        assert difference(whole, run) < 1e-5, run
+        losses, expected = dict(rows(run, "train/loss")), dict(rows(whole, "train/loss"))
         assert all(losses[step] == pytest.approx(expected[step], rel=1e-6) for step in losses), run
 
     main(fit(config_of(tmp_path, corpus, train="new"), tmp_path / "one-Muon", *SHALLOW, *MUON, *DOUBLE))
@@ -256,10 +258,11 @@ def test_scores_are_matched_to_those_of_all_processes(in_two_processes, corpus, 
 def test_a_chain_of_strategies_ends_as_one_process(in_two_processes, corpus, tmp_path):
     """DDP to step 2, one process to 8, FSDP2 to 12, one process to 14: it grows in the second and in the third.
 
-    A step has 1, 4, 2 and 1 batches; it is changed where it would end in the middle of an accumulation.
+    A step has 1, 4, 2 and 1 batches; it is changed where it would end in the middle of an accumulation. Keys would be
+    matched to the first of them.
     """
     folder, second, third, fourth = in_two_processes, *(tmp_path / name for name in ("second", "third", "fourth"))
-    one, config = one_process(corpus, folder), folder / "one-config/tiny.yaml"
+    one, config = folder / "zero-keys", config_of(tmp_path, corpus, init="zero_keys")
     singly = ["--data.batch_size=1", "--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=16"]
     main(fit(config, second, *singly, resume=checkpoint_of(folder / "ddp/whole", 2)))
     singly[1] = "--trainer.accumulate_grad_batches=2"
@@ -267,7 +270,7 @@ def test_a_chain_of_strategies_ends_as_one_process(in_two_processes, corpus, tmp
     main(fit(config, fourth, resume=checkpoint_of(third, 12)))
     assert difference(one, fourth) < 1e-5
     assert [row["step"] for row in csv.DictReader((fourth / "growth.csv").open())] == ["6", "10"]
-    assert dict(rows(fourth, "train/loss")) == pytest.approx(dict(rows(one, "train/loss")[12:]), rel=1e-6)
+    assert dict(rows(fourth, "train/loss")) == pytest.approx(dict(rows(one, "train/loss")[6:]), rel=1e-6)
 
 
 @pytest.mark.parametrize("average", [False, True])
@@ -389,10 +392,11 @@ def test_growths_that_were_undone_leave_no_row(corpus, tmp_path):
 def test_grown_offline_and_trained_on_equals_grown_mid_run(corpus, tmp_path, options):
     """tokenformer grow: the same bits afterwards, optimizer, data and costs included."""
     whole = ["--trainer.callbacks+=EMA"] if options else []
-    main(fit(config_of(tmp_path, corpus, stages=STAGES[:1], schedule="continue"), tmp_path / "whole", *whole))
+    config = config_of(tmp_path, corpus, stages=STAGES[:1], schedule="continue", init="zero_keys")
+    main(fit(config, tmp_path / "whole", *whole))
     checkpoint, grown = checkpoint_of(tmp_path / "whole", 6), tmp_path / "grown.ckpt"
     sizes = ["--qkv", "32", "--proj", "32", "--ffn", "64"]
-    main(["grow", str(checkpoint), *sizes, "--out", str(grown)])
+    main(["grow", str(checkpoint), *sizes, "--init", "zero_keys", "--out", str(grown)])
     plain = config_of(tmp_path, corpus)
     config = yaml.safe_load(plain.read_text())
     del config["trainer"]["callbacks"]

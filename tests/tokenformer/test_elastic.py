@@ -62,7 +62,7 @@ def test_it_is_the_layer_cut_by_hand():
 
 def test_a_grown_model_is_shrunk_by_its_tau():
     model = TokenFormerLM(LMConfig(vocab_size=32, **SIZES)).double()
-    grow(model, ffn=80)
+    grow(model, ffn=80, init="zero_keys")
     layer = shrunk(model, 0.5).backbone.blocks[0].ffn
     assert layer.tau.item() == pytest.approx(40**0.5 / 2**0.5)
     assert layer.num_tokens == 40

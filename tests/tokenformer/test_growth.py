@@ -159,10 +159,10 @@ def test_the_same_growth_everywhere_and_another_by_another_seed():
     for model, seed in zip(models, (0, 0, 1), strict=True):
         grow(model, ffn=96, qkv=32, seed=seed)
     one, same, other = (dict(model.state_dict()) for model in models)
-    new = "backbone.blocks.0.ffn.segments.1.values"
+    new = "backbone.blocks.0.ffn.segments.1.keys"
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one[new], other[new])
-    assert not torch.equal(one[new], one["backbone.blocks.1.ffn.segments.1.values"])
+    assert not torch.equal(one[new], one["backbone.blocks.1.ffn.segments.1.keys"])
 
 
 def test_layers_can_be_chosen():
@@ -207,8 +207,8 @@ def test_a_baseline_does_not_grow_by_tokens():
 
 def test_tau_after_growth():
     fixed, current = tiny(), tiny()
-    grow(fixed, ffn=256)
-    grow(current, ffn=256, scale="current")
+    grow(fixed, ffn=256, init="random")
+    grow(current, ffn=256, init="random", scale="current")
     name = "backbone.blocks.0.ffn"
     assert fixed.get_submodule(name).tau.item() == 8.0
     assert current.get_submodule(name).tau.item() == 16.0

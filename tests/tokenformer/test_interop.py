@@ -37,9 +37,9 @@ def image_model(**options):
 
 def grown(model, init):
     """Grown three times: two segments under one norm before `init`, one after it."""
-    grow(model, qkv=20, ffn=40)
+    grow(model, qkv=20, ffn=40, init="zero_keys")
     grow(model, qkv=24, ffn=48, proj=20, init=init)
-    grow(model, ffn=56)
+    grow(model, ffn=56, init="zero_keys")
     for layer in pattention_layers(model).values():  # as trained: all of it counts
         for name, parameter in layer.named_parameters():
             if "gain" in name or not parameter.any():

@@ -56,7 +56,7 @@ def test_learned_tau_has_one_trained_element():
 
 def test_current_tau_follows_the_number_of_tokens():
     layer = Pattention(16, 12, 24, scale="current")
-    append_tokens(layer, 16)
+    append_tokens(layer, 16, "zero_keys")
     assert layer.tau.item() == math.sqrt(40)
 
 
@@ -66,7 +66,7 @@ def test_current_tau_follows_the_number_of_tokens():
 def test_growth_equals_the_golden_vectors(kind, keys, mode, scale):
     golden = load_file(ASSETS / "golden_growth.safetensors")
     layer = Pattention(16, 12, 24, score_norm=kind, scale=scale).double()
-    append_tokens(layer, 16)
+    append_tokens(layer, 16, "zero_keys")
     old, new = layer.segments
     with torch.no_grad():
         old.keys.copy_(golden["K_old"])

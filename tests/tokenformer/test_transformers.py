@@ -82,7 +82,7 @@ def test_other_precision_and_shards(folder, tmp_path):
     with torch.no_grad():
         assert torch.equal(half(IDS).logits, from_pretrained(folder).half()(IDS))
     grown = AutoModelForCausalLM.from_pretrained(folder)
-    grow(grown.native, qkv=40, proj=41, ffn=77)
+    grow(grown.native, qkv=40, proj=41, ffn=77, init="zero_keys")
     grown.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     names = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
