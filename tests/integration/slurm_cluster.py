@@ -76,7 +76,7 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """A client command's output; one that does not reach the cluster would try for long."""
-        result = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=30, check=False)
+        result = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
         assert not check or result.returncode == 0, (command, result.stderr)
         return result.stdout
 
@@ -146,6 +146,7 @@ class Cluster:
             "MinJobAge=3600",  # keeps finished jobs in `scontrol show job`
             f"FirstJobId={random.randint(1, 9000)}",  # the training's port is 15000 and the last digits of the id
             "ReturnToService=2",
+            "MessageTimeout=50",  # seconds: on busy cores the daemon's answer took more than the default, 10
             f"PartitionName=debug Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP",
         ]
         if socket.gethostbyname(host).startswith("127."):  # listen there; elsewhere on all interfaces
