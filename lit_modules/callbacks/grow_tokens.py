@@ -218,10 +218,9 @@ class GrowParameterTokens(Callback):
         return self._bad >= stage.on_plateau.patience
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx % trainer.accumulate_grad_batches:
-            return
         pending = self.stages[self._applied(pl_module) :]
-        if pending and self._is_due(pending[0], trainer, pl_module):
+        begins = batch_idx % trainer.accumulate_grad_batches == 0  # the batches of a step
+        if begins and pending and self._is_due(pending[0], trainer, pl_module):
             self._grow(trainer, pl_module, pending[0], batch)
 
     def _grow(self, trainer: Trainer, module: TokenFormerModule, stage: Stage, batch: Any) -> None:

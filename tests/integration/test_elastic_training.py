@@ -97,6 +97,6 @@ def test_what_needs_all_tokens_is_refused():
     with pytest.raises(ValueError, match="modules of this project, not Linear"):
         elastic.setup(None, torch.nn.Linear(1, 1), "fit")
     model = TokenFormerLM(LMConfig(vocab_size=8, depth=1, dim=8, num_heads=1, qkv_tokens=4, proj_tokens=4))
-    grow(model, ffn=2400)
+    grow(model, ffn=2400, init="zero_keys")
     with pytest.raises(ValueError, match="has several segments, of a growth: `tokenformer export` joins them"):
         elastic.on_train_start(None, SimpleNamespace(model=model))

@@ -37,7 +37,7 @@ def test_an_optimizer_of_ones_own_takes_up_new_tokens(corpus, tmp_path, monkeypa
     config = grown_by(corpus, tmp_path, monkeypatch, kind)
     run = fit(config, tmp_path / "run")
     start, end = (torch.load(run / f"checkpoints/step-0000000{step}.ckpt", weights_only=True) for step in (4, 6))
-    new = [name for name in end["state_dict"] if name.endswith(".segments.1.keys")]
+    new = [name for name in end["state_dict"] if name.endswith(".segments.1.values")]
     assert len(new) == 2 * 5
     assert all((end["state_dict"][name] != start["state_dict"][name]).any() for name in new)
     fit(config, tmp_path / "resumed", f"--ckpt_path={run / 'checkpoints/step-00000004.ckpt'}")

@@ -74,7 +74,8 @@ class CheckMuon(Callback):
 def runs(corpus, tmp_path_factory):
     """Folder of runs on one device, and on four in groups of two."""
     folder = tmp_path_factory.mktemp("shared")
-    config = config_of(folder, corpus)
+    (folder / "matched").mkdir()
+    config, matched = config_of(folder, corpus, init="zero_keys"), config_of(folder / "matched", corpus)
     main(fit(config, folder / "one", *EXACT, *EMA))
     write = "--trainer.callbacks+=tests.integration.test_scale_out.WriteShares"
     accumulated = [*SHARED, "--data.batch_size=1", "--trainer.accumulate_grad_batches=2", *MUON]
@@ -83,7 +84,7 @@ def runs(corpus, tmp_path_factory):
         [
             fit(config, folder / "shared", *exact, write, *saving(every=8)),
             fit(config, folder / "from-one", *exact, *saving(every=14), resume=checkpoint_of(folder / "one", 8)),
-            fit(config, folder / "Muon", *ONE_FILE, *BATCHES, *EXACT, *MUON, CHECK, *saving(every=14)),
+            fit(matched, folder / "Muon", *ONE_FILE, *BATCHES, *EXACT, *MUON, CHECK, *saving(every=14)),
             fit(config, folder / "bf16", *accumulated, *saving(every=8)),
             fit(
                 config,
