@@ -57,7 +57,7 @@ def measure(
     model = TokenFormerLM(config).to(device)
     optimizer = make_optimizer(_groups(model, name), OptimConfig(name=name))
     for tokens, ffn_tokens in stages[1:]:
-        grow(model, qkv=tokens, proj=tokens, ffn=ffn_tokens)
+        grow(model, qkv=tokens, proj=tokens, ffn=ffn_tokens, init="zero_keys")
         update_param_groups(optimizer, _groups(model, name))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

@@ -53,7 +53,8 @@ def options(model: str, images: Path, rate: float, epochs: int, seed: int) -> li
     words = [f"--{name}={value}" for name, value in given.items()]
     if model == "grown":
         stage = f"{{at_step: {steps // 2}, factor: 2.0}}"
-        growth = f"{{class_path: GrowParameterTokens, init_args: {{stages: [{stage}], schedule: continue}}}}"
+        arguments = f"{{stages: [{stage}], init: zero_keys, schedule: continue}}"
+        growth = f"{{class_path: GrowParameterTokens, init_args: {arguments}}}"
         words.append(f"--trainer.callbacks+={growth}")
     return words
 

@@ -9,7 +9,8 @@ from studies.runner import FOLDER, Settings, Study
 PAGE = FOLDER.parent / "docs/study.md"
 HEAD = """# Studies
 
-Each line is a cell of a study at its own best learning rate: the search began in the middle of a grid in steps of two \
+Each line is a cell of a study at its own best learning rate, but for the kind `base`, whose rate is given: the search \
+began in the middle of a grid in steps of two \
 and ended when a rate was better than its neighbours, with seed 0; then the other seeds were run at it. Mean of the \
 seeds, and each of them in their order. What follows from it is in [the log](log.md).
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Study:
         """Measure what is missing, `jobs` trainings at a time."""
         threads = max(1, (os.cpu_count() or 1) // jobs)
         with (
-            ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as processes,
+            ProcessPoolExecutor(jobs, get_context("spawn"), prepare, (threads,)) as processes,
             ThreadPoolExecutor(jobs) as searches,
         ):
             try:
@@ -132,6 +132,14 @@ def search(loss: Any, near: float) -> float:
         if lowest == best or len(tried) > 30:
             return best
         best = lowest
+
+
+def prepare(threads: int) -> None:
+    """Set up a process that trains: with so many threads, and it ends if the study's does, even by a kill."""
+    torch.set_num_threads(threads)
+    study = parent_process()
+    assert study is not None
+    threading.Thread(target=lambda: (study.join(), os._exit(1)), daemon=True).start()
 
 
 def _timed(module: str, settings: Settings) -> Row:

@@ -219,8 +219,8 @@ class GrowParameterTokens(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         pending = self.stages[self._applied(pl_module) :]
-        begins = batch_idx % trainer.accumulate_grad_batches == 0  # the batches of a step
-        if begins and pending and self._is_due(pending[0], trainer, pl_module):
+        begins_step = batch_idx % trainer.accumulate_grad_batches == 0
+        if begins_step and pending and self._is_due(pending[0], trainer, pl_module):
             self._grow(trainer, pl_module, pending[0], batch)
 
     def _grow(self, trainer: Trainer, module: TokenFormerModule, stage: Stage, batch: Any) -> None:

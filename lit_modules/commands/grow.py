@@ -110,7 +110,8 @@ def main(args: list[str]) -> None:
         parser.add_argument(f"--{kind}", type=int, metavar="N", help=f"tokens of each {what} layer afterwards")
     parser.add_argument("--factor", type=float, help="in place of counts: tokens afterwards over tokens before")
     parser.add_argument("--width", type=int, help="in place of both, for a Transformer baseline: times the channels")
-    parser.add_argument("--init", choices=get_args(Init), default=Recipe.init, help="how new tokens start")
+    starts = "how new tokens start (default: %(default)s)"
+    parser.add_argument("--init", choices=get_args(Init), default=Recipe.init, help=starts)
     scales = ("fixed", "learned", "current")  # annealing takes steps
     parser.add_argument("--scale", choices=scales, default=Recipe.scale, help="what tau does from then on")
     parser.add_argument("--layers", nargs="+", default="all", help="some of query, key, value, out, ffn, or patterns")

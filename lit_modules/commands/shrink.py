@@ -87,8 +87,11 @@ def shrink(
         data = shown(model, source, text, images, tokenizer)
         kept, before = rank(model, data, keep, by)
         keep_tokens(model, kept)
-        measured = {"loss_before": before, "loss_after": loss_on(model, data)}
-        notes.append("loss {loss_before:.4f} -> {loss_after:.4f} nats".format_map(measured))
+        measured: dict[str, Any] = {"loss_before": before, "loss_after": loss_on(model, data)}
+        if math.isnan(before):  # no class is known
+            measured = dict.fromkeys(measured, "")
+        else:
+            notes.append("loss {loss_before:.4f} -> {loss_after:.4f} nats".format_map(measured))
     if out.suffix == ".ckpt":
         checkpoint = read_checkpoint(source)
         params = shrink_checkpoint(checkpoint, source, kept, {"init": by, **measured}, start)
@@ -110,7 +113,7 @@ def shrink(
 
 
 def rank(model: Model, data: Texts | Images, keep: float, by: By) -> tuple[dict[str, Kept], float]:
-    """What stays of each layer, and the loss with all of it."""
+    """What stays of each layer, and the loss with all of it, nan where no class is known."""
     device, layers = torch.device("cuda" if torch.cuda.is_available() else "cpu"), pattention_layers(model)
     model.to(device)
     statistics = {name: LayerStatistics(layer.num_tokens, 1, device) for name, layer in layers.items()}
@@ -118,13 +121,14 @@ def rank(model: Model, data: Texts | Images, keep: float, by: By) -> tuple[dict[
     nats, count = 0.0, 0
     for given in tqdm(data.batches(), "rank", unit=" batches", disable=None):  # off where nobody looks
         batch = Batch(*(part.to(device) for part in given))
-        with watching(model, statistics, batch.places):
+        with watching(model, statistics, batch.places), torch.set_grad_enabled(by == "gradient"):
             loss = data.loss(batch)
         known = int((batch.targets >= 0).sum())
         if known and by == "gradient":
-            more = gradient_use(model, loss * known)
-            pairs = {name: zip(uses[name], parts, strict=True) for name, parts in more.items()} if uses else {}
-            uses = {name: [a + b for a, b in parts] for name, parts in pairs.items()} or more
+            for name, parts in gradient_use(model, loss * known).items():
+                sums = uses.setdefault(name, [torch.zeros_like(part) for part in parts])
+                for total, part in zip(sums, parts, strict=True):
+                    total += part
         nats, count = nats + known * float(loss.detach().nan_to_num()), count + known
     if not count and by == "gradient":
         raise ValueError("--by gradient: the class of none of the images is known: put them into folders with its name")
@@ -157,6 +161,8 @@ def shrink_checkpoint(
     }
     for optimizer in checkpoint["optimizer_states"]:
         for group in optimizer["param_groups"]:
+            if "param_names" not in group:
+                raise ValueError(f"{source}: its optimizer does not say whose its state is: name a folder as --out")
             for number, name in zip(group["params"], group["param_names"], strict=True):
                 state = optimizer["state"].get(number, {})
                 for key, tensor in state.items():

@@ -75,6 +75,7 @@ def runs(corpus, tmp_path_factory):
     """Folder of runs on one device, and on four in groups of two."""
     folder = tmp_path_factory.mktemp("shared")
     (folder / "matched").mkdir()
+    # What is compared with one device starts from zero keys, whose rounding the bound fits.
     config, matched = config_of(folder, corpus, init="zero_keys"), config_of(folder / "matched", corpus)
     main(fit(config, folder / "one", *EXACT, *EMA))
     write = "--trainer.callbacks+=tests.integration.test_scale_out.WriteShares"

@@ -2,9 +2,12 @@
 
 import csv
 import math
+import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +78,27 @@ def test_rows_that_are_there_are_not_measured_again(study, tmp_path):
         tuple(rows[-1][n] for n in ("kind", "lr", "seed"))
     ]
     assert Study("toy", tmp_path).best(kind="a")
+
+
+def test_a_killed_study_takes_its_trainings_along():
+    study = """if True:
+        import os, time
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+        from studies.runner import prepare
+        processes = ProcessPoolExecutor(1, get_context("spawn"), prepare, (1,))
+        print(processes.submit(os.getpid).result(), flush=True)
+        processes.submit(time.sleep, 200).result()
+    """
+    command = [sys.executable, "-c", study]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=FOLDER.parent) as process:
+        trains = Path(f"/proc/{process.stdout.readline().strip()}")
+        assert (trains / "stat").exists()
+        process.kill()
+    until = time.monotonic() + 20
+    while trains.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not trains.exists()
 
 
 def test_an_error_ends_the_study_at_once(study, monkeypatch, tmp_path):
