@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenformer.baseline import MLP, linear
+from tokenformer.baseline import MLP, Linear
 from tokenformer.cache import Chunk, KVCache
 from tokenformer.config import BackboneConfig
 from tokenformer.pattention import Pattention
@@ -22,7 +22,7 @@ def projection(config: BackboneConfig, num_tokens: int, *, residual: bool) -> nn
     `residual` says that its output is added to the residual stream, where initial values are smaller.
     """
     if config.baseline is not None:
-        return linear(config.dim, config.dim, baseline_std(config, residual))
+        return Linear(config.dim, config.dim, baseline_std(config, residual))
     return Pattention(
         config.dim,
         config.dim,

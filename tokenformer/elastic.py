@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenformer.baseline import MLP
+from tokenformer.baseline import MLP, Linear
 from tokenformer.growth import pattention_layers
 from tokenformer.interop import consolidated_state, load_checked, precision, present_config
 from tokenformer.language import TokenFormerLM
@@ -29,6 +29,8 @@ def elastic_layers(model: nn.Module) -> dict[str, Any]:
         if len(layer.norm_groups()) > 1 or layer.has_anchored:
             raise ValueError(f"{name} has tokens with a norm of their own: only tokens of one norm have an order")
     layers |= {name: module for name, module in model.named_modules() if isinstance(module, MLP)}
+    if any(isinstance(module, Linear) and module.lora for module in model.modules()):
+        raise ValueError("the model has updates of low rank (LoRA) beside its MLPs: `tokenformer export` merges them")
     if not layers:
         raise ValueError("the model has neither parameter tokens nor the MLPs of a baseline of ours")
     return layers

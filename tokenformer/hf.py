@@ -26,7 +26,7 @@ from tokenformer.backbone import rotary_tables, rotary_tables_at
 from tokenformer.config import LMConfig, ViTConfig
 from tokenformer.interop import consolidated_state, present_config
 from tokenformer.language import TokenFormerLM
-from tokenformer.pattention import Pattention
+from tokenformer.parts import match_shapes
 from tokenformer.timm_models import INPUT, folder_config
 from tokenformer.vision import TokenFormerViT, _sincos
 
@@ -178,9 +178,7 @@ class _NativeModel(PreTrainedModel):
         if model._hf_peft_config_loaded:  # an adapter, whose file has nothing else
             return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
         shapes = _shapes(checkpoint_files) if state_dict is None else {k: v.shape for k, v in state_dict.items()}
-        for name, layer in model.named_modules():
-            if isinstance(layer, Pattention):
-                layer.match(shapes, f"{name}.")
+        match_shapes(model, shapes)
         info, offloaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
         misfits = {name for name, *_ in info.mismatched_keys if not name.startswith("head.")}  # a new one is drawn
         wrong = {"missing": info.missing_keys, "unknown": info.unexpected_keys, "mis-shaped": misfits}

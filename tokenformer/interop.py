@@ -11,10 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tokenformer.baseline import Linear
 from tokenformer.config import LMConfig, ViTConfig
 from tokenformer.files import CONFIG, INDEX, PROCESSOR, WEIGHTS, check_size, is_exported, shards, wrong_kind
 from tokenformer.growth import COUNT_OF, pattention_layers
 from tokenformer.language import TokenFormerLM
+from tokenformer.parts import match_shapes
 from tokenformer.pattention import Pattention
 from tokenformer.segment import TokenSegment
 from tokenformer.timm_models import folder_config, transformers_config
@@ -165,9 +167,14 @@ def precision(tensors: Mapping[str, Tensor]) -> torch.dtype:
 def consolidated_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with parameter tokens that share a norm joined, (N, D) and (M, D) to (N + M, D), bits unchanged.
 
-    Segments with a norm of their own, or without a part in one, stay apart: joined, they would be another function.
+    Segments with a norm of their own, or without a part in one, stay apart: joined, they would be another function. Of
+    a baseline updates of low rank are added to their weights.
     """
     state = dict(model.state_dict())
+    for name, linear in ((name, module) for name, module in model.named_modules() if isinstance(module, Linear)):
+        if linear.lora:
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.lora.")}
+            state[f"{name}.weight"] = linear.merged()
     for name, layer in pattention_layers(model).items():
         start = f"{name}.segments."
         state = {key: tensor for key, tensor in state.items() if not key.startswith(start)}
@@ -218,8 +225,7 @@ def initial_structure(path: str | Path) -> tuple[LMConfig | ViTConfig, dict[str,
     if not path.is_dir():
         with torch.device("meta"):
             model, tensors = read_trained(path)
-        for name, layer in pattention_layers(model).items():
-            layer.match({key: tensor.shape for key, tensor in tensors.items()}, f"{name}.")
+        match_shapes(model, {key: tensor.shape for key, tensor in tensors.items()})
         return present_config(model), {name: tensor.shape for name, tensor in consolidated_state(model).items()}
     shapes: dict[str, torch.Size] = {}
     config = read_config(path)

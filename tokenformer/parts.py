@@ -3,17 +3,29 @@
 Segment i of a layer came with its i-th growth, 0 is what it began with. A layer that has never grown has it alone.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
+from tokenformer.baseline import Linear
 from tokenformer.pattention import Pattention
 
 
 def pattention_layers(model: nn.Module) -> dict[str, Pattention]:
     """The Pattention layers of a model by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Pattention)}
+
+
+def match_shapes(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+    """Give the layers of a model the segments, of a baseline the low-rank updates, of a state dict with these shapes.
+
+    Their contents are left undefined.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Pattention | Linear):
+            module.match(shapes, f"{name}.")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from lit_modules.callbacks.ema import averages_of
 from lit_modules.callbacks.throughput import Throughput
 from lit_modules.growth.history import describe, write_growths
 from lit_modules.growth.recipe import Recipe, grow_modules, rehearse
-from lit_modules.growth.stages import Stage, check_first, check_order, check_past, check_room, with_steps
+from lit_modules.growth.stages import Stage, check_first, check_order, check_past, check_room, phase_at, with_steps
 from lit_modules.growth.structure import freeze
 from lit_modules.modules.base import TokenFormerModule
 from lit_modules.optim.trained import Train, check_grown
@@ -24,8 +24,9 @@ from lit_modules.strategies.fsdp2 import FSDP2
 from lit_modules.strategies.new_parameters import check_strategy, register_new_parameters
 from lit_modules.strategies.ranks import data_parallel_rank, require_equal_ranks
 from lit_modules.strategies.sharding import check_divisible
-from tokenformer.growth import Init, ScaleAfter, pattention_layers
+from tokenformer.growth import Init, ScaleAfter
 from tokenformer.matched_keys import matched_key_stds, measuring_scores
+from tokenformer.parts import match_shapes
 
 
 class GrowParameterTokens(Callback):
@@ -126,8 +127,8 @@ class GrowParameterTokens(Callback):
         """What can't be done to parameters of which each process has a part."""
         if self.recipe.init == "split":
             raise ValueError("init: split divides the old values, which no process has whole in FSDP2: choose another")
-        if any(stage.width for stage in self.stages):
-            raise ValueError("width: a baseline can't be widened in FSDP2; use ddp")
+        if not all(stage.adds_tokens for stage in self.stages):
+            raise ValueError("width, lora: a baseline can't grow in FSDP2; use ddp")
         if self.recipe.scale == "learned" and module.config.scale != "learned":
             raise ValueError("scale: learned in FSDP2 needs model.config.scale: learned from the start")
 
@@ -166,8 +167,7 @@ class GrowParameterTokens(Callback):
         with torch.device("meta"):
             model = pl_module.build_model(pl_module.model.config.dim // pl_module.config.dim)
         shapes = {name: tensor.shape for name, tensor in pl_module.model.state_dict().items()}
-        for name, layer in pattention_layers(model).items():
-            layer.match(shapes, f"{name}.")
+        match_shapes(model, shapes)
         list(rehearse(model, self.stages[applied:], self.recipe, self.verify))
         self._set_lr_span(trainer, pl_module)
 
@@ -226,7 +226,7 @@ class GrowParameterTokens(Callback):
     def _grow(self, trainer: Trainer, module: TokenFormerModule, stage: Stage, batch: Any) -> None:
         start = time.perf_counter()
         loss_before = self._look(trainer, module, module.probe_loss, batch)
-        matched = self.recipe.init == "anchored" and stage.width is None
+        matched = self.recipe.init == "anchored" and stage.adds_tokens
         key_stds = self._matched_key_stds(trainer, module, batch) if matched else None
         averages = averages_of(trainer)
         record = {
@@ -246,7 +246,7 @@ class GrowParameterTokens(Callback):
         self._set_lr_span(trainer, module)
         module.apply_learning_rate()
         loss_after = self._look(trainer, module, module.probe_loss, batch)
-        record |= {"loss_before": float(loss_before), "loss_after": float(loss_after)}
+        record |= phase_at(trainer) | {"loss_before": float(loss_before), "loss_after": float(loss_after)}
         record["seconds"] = time.perf_counter() - start
         self._counter(trainer).exclude(record["seconds"])
         if self.verify:

@@ -156,7 +156,7 @@ def main(args: list[str]) -> None:
 
     settings = (given.batch_size, given.device, given.dtype, given.weights, given.tokenizer, given.adapter)
     model = LMEvalModel(given.source, *settings)
-    keep_asked(model.model, given.segments, given.adapter)
+    keep_asked(model.model, given.source, given.segments, given.adapter)
     rows = evaluate(model, given.tasks.split(","), given.local, given.limit)
     whole = given.local is None and given.limit is None
     print(table(given.source.stem, rows, whole))

@@ -159,7 +159,7 @@ def main(args: list[str]) -> None:
     model = load_model(source, adapters=adapters)
     if not isinstance(model, TokenFormerLM):
         raise ValueError(f"{source} is an image model and writes no text: `tokenformer predict` names images")
-    keep_asked(model, segments, adapters)
+    keep_asked(model, source, segments, adapters)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     model.to("cuda" if torch.cuda.is_available() else "cpu")

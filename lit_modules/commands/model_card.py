@@ -119,6 +119,7 @@ def _growth(growths: list[dict[str, Any]]) -> str:
         loss = "not measured" if "" in losses else " -> ".join(f"{loss:.6f}" for loss in losses)
         params = f"{record['params_before']:,} -> {record['params_after']:,}"
         how = f"{record['init']}, tau {record['scale']}" if record["width"] == 1 else f"width x {record['width']}"
+        how = f"LoRA of rank {record['lora']}, merged" if record.get("lora") else how
         rows.append((f"{record['step']:,}", f"{record['tokens']:,}", params, *counts, how, loss))
     head = ("step", "tokens seen", "parameters", "qkv tokens", "proj tokens", "ffn tokens", "how", "loss of a batch")
     return _table(head, rows)

@@ -146,6 +146,8 @@ def num_devices(devices: list[int] | str | int, num_nodes: int) -> int:
 
 def plan_rows(model: LanguageModule, datamodule: Any, trainer: Any, devices: int) -> list[Row]:
     """A row for the model as configured and for each growth; after a growth, one for the last size from scratch."""
+    if not isinstance(model, LanguageModule):
+        raise ValueError(f"plan knows language models, not {type(model).__name__}")
     if trainer.max_steps < 1:
         given = f"trainer.max_steps={trainer.max_steps}"
         raise ValueError(f"{given}: plan needs the number of steps; those of epochs depend on the data")
@@ -191,8 +193,6 @@ def _growth(trainer: Any) -> GrowParameterTokens | None:
 
 def _sizes(model: LanguageModule, growth: GrowParameterTokens | None) -> Iterator[TokenFormerLM]:
     """The model as configured and after each growth, without contents. Each is changed into the next."""
-    if not isinstance(model, LanguageModule):
-        raise ValueError(f"plan knows language models, not {type(model).__name__}")
     with torch.device("meta"):
         net = model.build_model()
     for size in chain([net], rehearse(net, growth.stages, growth.recipe) if growth else ()):

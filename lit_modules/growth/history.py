@@ -34,7 +34,8 @@ def write_growths(path: Path, growths: list[dict[str, Any]]) -> None:
     if not growths:
         path.unlink(missing_ok=True)  # of growths after the checkpoint from which the run is resumed
         return
-    columns = [name for name in growths[0] if name not in ("key_stds", "asked", "new", "anneal_until")]
+    names = dict.fromkeys(name for record in growths for name in record)  # those of older versions lack some
+    columns = [name for name in names if name not in ("key_stds", "asked", "new", "anneal_until")]
     write_if_possible(path, lambda: write_rows(path, columns, growths))
 
 
@@ -42,5 +43,5 @@ def describe(record: dict[str, Any]) -> str:
     """Sizes before and after, for a reader."""
     kinds = (kind for kind in ("qkv", "proj", "ffn") if record[f"{kind}_before"] != record[f"{kind}_after"])
     counts = ", ".join(f"{kind} {record[f'{kind}_before']} -> {record[f'{kind}_after']}" for kind in kinds)
-    sizes = counts or f"width x {record['width']}"
+    sizes = counts or (f"LoRA of rank {record['lora']}" if record.get("lora") else f"width x {record['width']}")
     return f"{record['params_before']:,} -> {record['params_after']:,} parameters ({sizes})"

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from lit_modules.growth.history import count_by_kind
 from lit_modules.growth.stages import Stage
 from lit_modules.optim.trained import Train, as_patterns, trained_after_growth
+from tokenformer.baseline import add_lora
 from tokenformer.growth import (
     Init,
     ScaleAfter,
@@ -49,17 +50,19 @@ def rehearse(model: Any, stages: Sequence[Stage], recipe: Recipe, verify: bool =
             if stage.width is not None:
                 model = widen(model, stage.width)
             else:
-                found = pattention_layers(model)
-                layer = next(iter(found.values()), None)
+                old = dict(model.named_parameters())
+                layer = next(iter(pattention_layers(model).values()), None)
                 if layer is not None and layer.tau_gain is not None and recipe.scale == "anneal":
                     raise ValueError("scale: anneal moves a tau that model.config.scale: learned trains: choose one")
                 if layer is not None and verify:
                     scale = "current" if layer.scale == "current" else recipe.scale
                     if reason := why_not_exact(recipe.init, scale, layer.score_norm):
                         raise ValueError(f"{reason}; it can't be verified: set verify: false, or choose an exact kind")
-                old = dict(model.named_parameters())
-                planned = _planned(model, stage, recipe)
-                grow_layers(model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed)
+                if stage.lora is not None:
+                    add_lora(model, stage.lora)
+                else:
+                    planned = _planned(model, stage, recipe)
+                    grow_layers(model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed)
                 parameters = dict(model.named_parameters())
                 trained = trained_after_growth(model, recipe.train, parameters.keys() - old.keys())
                 for name, parameter in parameters.items():
@@ -87,22 +90,23 @@ def grow_modules(
     model = modules[0].model
     params_before, old = model.num_params(), dict(model.named_parameters())
     before = {name: layer.num_tokens for name, layer in pattention_layers(model).items()}
-    planned: dict[str, int] = {}
-    if stage.width is None:
-        planned = _planned(model, stage, recipe)
+    planned = _planned(model, stage, recipe) if stage.adds_tokens else {}
     for module in modules:
-        if stage.width is None:
+        if stage.width is not None:
+            module.set_model(widen(module.model, stage.width, recipe.seed))
+        elif stage.lora is not None:
+            add_lora(module.model, stage.lora, recipe.seed)
+        else:
             grow_layers(
                 module.model, planned, init=recipe.init, scale=recipe.scale, seed=recipe.seed, key_stds=key_stds
             )
-        else:
-            module.set_model(widen(module.model, stage.width, recipe.seed))
     after = before | {name: before[name] + added for name, added in planned.items()}
     return {
         "init": recipe.init,
         "scale": recipe.scale,
         "train": recipe.train,
         "width": stage.width or 1,
+        "lora": stage.lora or 0,
         **{f"{kind}_before": count for kind, count in count_by_kind(before).items()},
         **{f"{kind}_after": count for kind, count in count_by_kind(after).items()},
         "params_before": params_before,

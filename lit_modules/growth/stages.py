@@ -48,6 +48,7 @@ class Stage:
         factor: in place of counts: parameter tokens afterwards over those before.
         width: in place of both, for a Transformer baseline: channels afterwards over channels before (Net2Net), a whole
             number.
+        lora: or, for it too, the rank of an update (LoRA) beside each linear projection.
     """
 
     at_step: int | None = None
@@ -59,14 +60,15 @@ class Stage:
     ffn: int | None = None
     factor: float | None = None
     width: int | None = None
+    lora: int | None = None
 
     def __post_init__(self) -> None:
         moments = (self.at_step, self.at_phase, self.at_tokens, self.on_plateau)
         if sum(moment is not None for moment in moments) != 1:
             raise ValueError(f"stage {self}: give one of at_step, at_phase, at_tokens, on_plateau")
         counted = any(count is not None for count in self.counts.values())
-        if sum([counted, self.factor is not None, self.width is not None]) != 1:
-            raise ValueError(f"stage {self}: give a factor, or some of qkv, proj, ffn (for a baseline: width)")
+        if sum([counted, self.factor is not None, self.width is not None, self.lora is not None]) != 1:
+            raise ValueError(f"stage {self}: give a factor, or some of qkv, proj, ffn (for a baseline: width or lora)")
         if self.factor is not None and not 1 < self.factor < math.inf:
             raise ValueError(f"stage {self}: factor must be above 1, growth only adds")
         if self.at_step is not None and self.at_step < 0:
@@ -78,6 +80,11 @@ class Stage:
     def counts(self) -> dict[str, int | None]:
         """Tokens afterwards by kind of layer."""
         return {"qkv": self.qkv, "proj": self.proj, "ffn": self.ffn}
+
+    @property
+    def adds_tokens(self) -> bool:
+        """Whether it is one of a TokenFormer."""
+        return self.width is None and self.lora is None
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> "Stage":
@@ -104,6 +111,13 @@ def with_steps(stages: Sequence[Stage], data: Any) -> list[Stage]:
             known = f"choose one of {', '.join(starts)}" if starts else "the data have no phases"
             raise ValueError(f"stage {stage}: at_phase: {known}")
     return [replace(s, at_phase=None, at_step=starts[s.at_phase]) if s.at_phase else s for s in stages]
+
+
+def phase_at(trainer: Any) -> dict[str, str]:
+    """The phase in which a training is, for the record of a growth; empty where its data have none."""
+    starts = getattr(getattr(trainer, "datamodule", None), "phase_starts", {})
+    begun = [name for name, start in starts.items() if start <= trainer.global_step]
+    return {"phase": begun[-1]} if begun else {}
 
 
 def check_first(stage: Stage, init_from: str | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from lit_modules.optim.trained import trained_after_growth, trained_names
 from tokenformer.files import check_size
 from tokenformer.growth import anneal_taus, pattention_layers
+from tokenformer.parts import match_shapes
 
 
 def match_structure(module: Any, saved: Mapping[str, Any], growths: list[dict[str, Any]]) -> None:
@@ -26,8 +27,7 @@ def match_structure(module: Any, saved: Mapping[str, Any], growths: list[dict[st
         module.set_model(wider.to(next(module.model.parameters())))
     prefix = "model."
     shapes = {name.removeprefix(prefix): t.shape for name, t in saved.items() if name.startswith(prefix)}
-    for name, layer in pattention_layers(module.model).items():
-        layer.match(shapes, f"{name}.")
+    match_shapes(module.model, shapes)
     freeze(module)
 
 

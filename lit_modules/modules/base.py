@@ -29,8 +29,8 @@ from lit_modules.runs.logs import is_log_step
 from lit_modules.runs.options import refuse_callbacks, refuse_settings
 from lit_modules.strategies.ranks import data_parallel_rank
 from tokenformer.config import BackboneConfig
-from tokenformer.growth import pattention_layers
 from tokenformer.interop import initial_structure, load_initial_weights
+from tokenformer.parts import match_shapes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -125,8 +125,7 @@ class TokenFormerModule(LightningModule, ABC):
         if self.init_from is not None:
             if self._initial_shapes is None:
                 self._initial_shapes = initial_structure(self.init_from)[1]
-            for name, layer in pattention_layers(model).items():
-                layer.match(self._initial_shapes, f"{name}.")
+            match_shapes(model, self._initial_shapes)
         return model
 
     def empty_copy(self) -> "TokenFormerModule":

@@ -102,7 +102,7 @@ def test_a_grown_model_writes_as_before_its_growth(exported, tmp_path, capsys):
     base = "--prompt", "a", "--temperature", 2
     texts = [printed(capsys, tmp_path / "model", *base, "--segments", *words) for words in ("0", ["first", 1], ["all"])]
     assert texts[0] == texts[1] == printed(capsys, exported[0], *base) != texts[2]
-    with pytest.raises(ValueError, match="--segments first: give all, first K, or numbers such as 0 2"):
+    with pytest.raises(ValueError, match="--segments first: give all, first K, of PHASE, or numbers such as 0 2"):
         main(["generate", str(tmp_path / "model"), "--prompt", "a", "--segments", "first"])
     with pytest.raises(ValueError, match="choose among 0 to 2"):
         main(["generate", str(tmp_path / "model"), "--prompt", "a", "--segments", "0", "3"])

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from lit_modules.cli import main
+from lit_modules.commands.segments import keep_asked
 from lit_modules.commands.tokenizers import tokenizer_of
 from lit_modules.modules.loading import load_model
 from tests.integration.growing import checkpoint_of, config_of, difference, fit, logged
@@ -119,11 +120,12 @@ def test_resumed_equals_uninterrupted(texts, tmp_path):
 
 
 def test_a_resumed_run_may_have_other_phases_ahead(texts, tmp_path):
-    """The last phase goes on for a step, and one more comes, of which nothing was known at the start."""
+    """The last phase goes on for a step, and one more comes, with a growth, of which nothing was known at the start."""
     config = yaml.safe_load(texts[1].read_text())
     _, digits, more = config["data"]["init_args"]["phases"]
     digits["steps"] = 6
     more |= {"name": "more", "steps": 2}
+    config["trainer"]["callbacks"][0]["init_args"]["stages"].append({"at_phase": "more", "factor": 1.5})
     config["trainer"]["max_steps"] = 12
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(config))
     main(fit(tmp_path / "more.yaml", tmp_path / "run", resume=checkpoint_of(texts[2], 9)))
@@ -140,6 +142,18 @@ def test_a_resumed_run_may_have_other_phases_ahead(texts, tmp_path):
     best = {name: min(float(row[f"{name}/loss"]) for row in found[1:3]) for name in names}
     assert float(found[3]["loss/forgetting"]) == pytest.approx(sum(last[name] - best[name] for name in names) / 2)
     assert found[2]["loss/forward_transfer"] != "" == found[3]["loss/forward_transfer"]
+    # Two growths, each the part of a phase.
+    last = checkpoint_of(tmp_path / "run", 12)
+    for phases, left in ((["more"], [32, 32]), (["digits"], [32, 32]), (["digits", "more"], [32, 32, 32])):
+        model = load_model(last)
+        whole = model.backbone.blocks[0].ffn.segments
+        kept = {("more",): [whole[0], whole[2]], ("digits",): [*whole[:2]]}.get(tuple(phases), [*whole])
+        keep_asked(model, last, ["of", *phases])
+        assert [*model.backbone.blocks[0].ffn.segments] == kept
+        assert [segment.num_tokens for segment in kept] == left
+    for phases in (["words"], [], ["digits", "again"]):
+        with pytest.raises(ValueError, match="give phases in which the checkpoint's run has grown: digits, more"):
+            keep_asked(load_model(last), last, ["of", *phases])
 
 
 WRONG = {

@@ -206,7 +206,7 @@ def test_what_cannot_be_planned_is_refused(options, run, message):
 
 def test_other_models_are_refused():
     with pytest.raises(ValueError, match="plan knows language models, not SimpleNamespace"):
-        plan(SimpleNamespace(), DATA, run_of())
+        plan(SimpleNamespace(), SimpleNamespace(), run_of())  # data without sequences
 
 
 def test_a_baseline_is_planned_at_its_widths():
