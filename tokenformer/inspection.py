@@ -119,7 +119,7 @@ def segments_of(layer: Pattention) -> Iterator[Segment]:
     for operator, group in zip(layer.operators()[0], layer.norm_groups(), strict=True):
         ordered = sorted(group, key=lambda segment: segment.is_anchored)
         for segment, keys, values in zip(ordered, operator.keys, operator.values, strict=True):
-            yield Segment(number[id(segment)], keys, values, float(operator.tau))
+            yield Segment(number[id(segment)], keys, values, float(operator.tau.detach()))
 
 
 class Geometry(NamedTuple):
