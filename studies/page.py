@@ -2,9 +2,10 @@
 
 import importlib
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from studies.runner import FOLDER, Settings, Study
+from studies.runner import FOLDER, Row, Settings, Study
 
 PAGE = FOLDER.parent / "docs/study.md"
 HEAD = """# Studies
@@ -29,11 +30,12 @@ def section(study: Study) -> str:
     names = [name for name in study.columns if name not in ("lr", "seed")]
     cells = [{name: cell.get(name, "") for name in names} for cell in study.cells]
     shown = [name for name in names if len({cell[name] for cell in cells}) > 1]
-    lines = [
-        f"| {' | '.join([*shown, 'rate', 'loss', 'jump', 'parameters', 'TFLOP'])} |",
-        "|---" * (len(shown) + 5) + "|",
+    others = [name for name, (column, _) in OTHERS.items() if any(row.get(column) for row in study.rows)]
+    head = [*shown, "rate", "loss", *others]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [
+        f"| {' | '.join([*(str(cell[name]) for name in shown), *figures(study, cell, others)])} |" for cell in cells
     ]
-    lines += [f"| {' | '.join([*(str(cell[name]) for name in shown), *figures(study, cell)])} |" for cell in cells]
     return f"\n## {study.name}: {asked[0]}\n\n{described(asked)}" + "\n".join(lines) + "\n"
 
 
@@ -42,17 +44,34 @@ def described(asked: list[str]) -> str:
     return f"```text\n{asked[1].strip()}\n```\n\n" if len(asked) > 1 else ""
 
 
-def figures(study: Study, cell: Settings) -> list[str]:
-    """Best rate; mean and seeds of the loss; how far growth moved it; parameters; training FLOPs from the start."""
+def figures(study: Study, cell: Settings, others: Sequence[str]) -> list[str]:
+    """Best rate; mean and seeds of the loss; some of OTHERS."""
     rows = study.best(**cell)
     if not rows:
-        return ["", "not run yet", "", "", ""]
+        return ["", "not run yet", *("" for _ in others)]
     losses = [float(row["loss"]) for row in rows]
     each = ", ".join(f"{loss:.3f}" for loss in losses)
-    jumps = [float(row["after"]) - float(row["before"]) for row in rows if row.get("after")]
-    jump = f"{statistics.mean(jumps):+.3f}" if jumps and max(map(abs, jumps)) >= 5e-4 else "0" if jumps else ""
-    flops = f"{float(rows[0]['flops']) / 1e12:.2f}" if rows[0].get("flops") else ""
-    return [rows[0]["lr"], f"**{statistics.mean(losses):.3f}** ({each})", jump, f"{int(rows[0]['params']):,}", flops]
+    more = [figure(rows) if rows[0].get(column) else "" for column, figure in (OTHERS[name] for name in others)]
+    return [rows[0]["lr"], f"**{statistics.mean(losses):.3f}** ({each})", *more]
+
+
+def _jump(rows: list[Row]) -> str:
+    jumps = [float(row["after"]) - float(row["before"]) for row in rows]
+    return f"{statistics.mean(jumps):+.3f}" if max(map(abs, jumps)) >= 5e-4 else "0"
+
+
+def _mean(column: str) -> Callable[[list[Row]], str]:
+    return lambda rows: f"{statistics.mean(float(row[column]) for row in rows):.3f}"
+
+
+# What a line says beside the loss, where the rows have such a column: how far growth moved the loss, training FLOPs.
+OTHERS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
+    "jump": ("after", _jump),
+    "learned": ("learned", _mean("learned")),
+    "forgotten": ("forgotten", _mean("forgotten")),
+    "parameters": ("params", lambda rows: f"{int(rows[0]['params']):,}"),
+    "TFLOP": ("flops", lambda rows: f"{float(rows[0]['flops']) / 1e12:.2f}"),
+}
 
 
 def write(path: Path = PAGE) -> None:
