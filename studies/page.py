@@ -67,8 +67,8 @@ def _mean(column: str) -> Callable[[list[Row]], str]:
 # What a line says beside the loss, where the rows have such a column: how far growth moved the loss, training FLOPs.
 OTHERS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "jump": ("after", _jump),
-    "learned": ("learned", _mean("learned")),
-    "forgotten": ("forgotten", _mean("forgotten")),
+    **{name: (name, _mean(name)) for name in ("learned", "forgotten")},
+    **{f"at {share}": (f"at {share}", _mean(f"at {share}")) for share in ("1", "0.9", "0.7", "0.5", "0.25")},
     "parameters": ("params", lambda rows: f"{int(rows[0]['params']):,}"),
     "TFLOP": ("flops", lambda rows: f"{float(rows[0]['flops']) / 1e12:.2f}"),
 }
