@@ -30,9 +30,8 @@ import yaml
 
 from lit_modules.cli import main
 from lit_modules.modules.loading import load_model
-from studies.runner import FOLDER
+from studies.runner import ROOT
 
-ROOT = FOLDER.parent
 STEPS = 200  # of a phase
 # Real text that lies beside the project, or what the Hugging Face hub has of its kind.
 TEXTS = ROOT.parent / "shared/data/text"

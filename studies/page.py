@@ -5,9 +5,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from studies.runner import FOLDER, Row, Settings, Study
+from studies.runner import FOLDER, ROOT, Row, Settings, Study
 
-PAGE = FOLDER.parent / "docs/study.md"
+PAGE = ROOT / "docs/study.md"
 HEAD = """# Studies
 
 Each line is a cell of a study at its own best learning rate, but for the kind `base`, whose rate is given: the search \

@@ -19,6 +19,7 @@ import yaml
 from benchmarks.harness import machine, write_rows
 
 FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent
 
 Settings = dict[str, Any]
 Row = dict[str, Any]
