@@ -51,6 +51,20 @@ def test_costs_are_those_of_the_tokens_in_use(run):
     assert len({ElasticTokens([0.5, 1.0], seed).share(0) for seed in range(9)}) == 2
 
 
+def test_an_average_goes_along_and_recomputed_activations_are_those_of_the_share(run, tmp_path):
+    average = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.5", "--trainer.callbacks.warmup=false"]
+    options = [*ELASTIC, *average, "--best.save_top_k=0", "--model.checkpoint_activations=true"]
+    main(fit(run[0], tmp_path / "run", *options))
+    saved = [torch.load(checkpoint_of(tmp_path / "run", step), weights_only=True) for step in range(1, 7)]
+    plain = torch.load(checkpoint_of(run[1], 6), weights_only=True)["state_dict"]
+    for name, weight in saved[-1]["current_model_state"].items():
+        assert torch.equal(weight, plain[name])
+        average = saved[0]["state_dict"][name]
+        for checkpoint in saved[1:]:
+            average = average.lerp(checkpoint["current_model_state"][name], 0.5)
+        torch.testing.assert_close(saved[-1]["state_dict"][name], average)
+
+
 def test_shrink_writes_the_smaller_model(run, tmp_path, capsys):
     checkpoint = checkpoint_of(run[1], 6)
     main(["shrink", str(checkpoint), "--keep", "0.5", "--out", str(tmp_path / "half")])
