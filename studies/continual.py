@@ -1,17 +1,24 @@
-"""What does a model forget that learns one thing after another? Runs of `tokenformer fit` in phases.
+"""What does a model forget that learns one thing after another? Runs of `tokenformer fit` in phases of 200 steps.
 
-Three texts (Python's standard library, WikiText-2, web pages: 200 steps each, nats a byte), or two groups of digits
-(0-4, then 5-9, one classifier for all ten: 200 steps each, per cent of the images named wrong). `loss` is the mean over
-all phases at the end, `learned` that of each phase right after it, `forgotten` how much the earlier ones have risen
-since. `matrix` in the results has a line for the start and each phase, with the losses of all phases after it.
+task        phases, and what is counted
+texts       Python's standard library, WikiText-2, web pages; nats a byte
+digits      0-4, then 5-9, one classifier for all ten; per cent of the images named wrong
+new text    web pages, then WikiText-2 by a model of four times the parameters; nats a byte of WikiText-2 alone (the
+            paper's figure 6, its first phase without what came before)
+
+`loss` is the mean over all phases at the end, `learned` that of each phase right after it, `forgotten` how much the
+earlier ones have risen since. `matrix` in the results has a line for the start and each phase, with the losses of all
+phases after it.
 
 method        before each later phase
-new tokens    grows; what is older is frozen, so `learned` can be had back to the bit (`--segments of PHASE`)
-all tokens    grows; all is trained
+new tokens    grows (anchored); what is older is frozen, so `learned` is there to the bit (`--segments of PHASE`)
+all tokens    grows (anchored); all is trained
+zero keys     the same from keys of zero, as in the paper
 tokenformer   nothing: it has its last size from the start
 transformer   nothing: the same of the Transformer twin
 net2net       the channels of the Transformer are doubled, to the same number of channels, all is trained
-lora          the Transformer, of half the parameters, gets updates of low rank, as many as tokens; the rest is frozen
+lora          the Transformer, of as many parameters as the TokenFormer begins with, gets updates of low rank, as many
+              parameters as tokens; the rest is frozen
 joint         all data at once, by the TokenFormer at its last size: as if there were no phases
 
 New image classes train the classifier too, whatever is frozen. Optimizers and schedules are those of configs/continual.
@@ -21,6 +28,7 @@ import csv
 import logging
 import os
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -43,57 +51,78 @@ SOURCES = {
 TEXT_DATA = {"tokenizer": "bytes", "seq_len": 128, "batch_size": 16}
 DIGITS = {"low": ["0", "1", "2", "3", "4"], "high": ["5", "6", "7", "8", "9"]}
 IMAGE_DATA = {"source": "digits", "image_size": 8, "batch_size": 64, "crop": "none", "crop_pct": 1.0, "hflip": 0.0}
-HALF = {"qkv_tokens": 64, "proj_tokens": 64, "ffn_tokens": 256}
-FULL = {"qkv_tokens": 128, "proj_tokens": 128, "ffn_tokens": 512}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Phases, and the models that go through them.
+
+    Attributes:
+        config: of configs/continual, to begin with.
+        phases: their names.
+        first: parameter tokens to begin with: query, key and value, projection, feed-forward.
+        last: at the end.
+        narrow: channels and heads with which Net2Net begins.
+        rank: of the updates of LoRA.
+        changes: to the config of all models.
+    """
+
+    config: str
+    phases: list[str]
+    first: tuple[int, int, int] = (64, 64, 256)
+    last: tuple[int, int, int] = (128, 128, 512)
+    narrow: tuple[int, int]
+    rank: int
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+TASKS = {
+    "texts": Task(config="language", phases=[*SOURCES], narrow=(32, 1), rank=37),
+    "digits": Task(config="vision", phases=[*DIGITS], narrow=(32, 2), rank=47),
+    "new text": Task(
+        config="language",
+        phases=["web", "wiki"],
+        first=(48, 48, 192),
+        last=(192, 192, 768),
+        narrow=(64, 4),
+        rank=0,
+        changes={"dim": 64},
+    ),
+}
 
 
 def run(task: str, method: str, lr: float, seed: int) -> dict[str, Any]:
     """Train through all phases; the figures of its row."""
     logging.disable(logging.WARNING)  # of what a run says of itself
     with TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
-        (Path(folder) / "study.yaml").write_text(yaml.safe_dump(experiment(task, method, seed)))
-        base = ROOT / f"configs/continual/{'language' if task == 'texts' else 'vision'}.yaml"
+        (Path(folder) / "study.yaml").write_text(yaml.safe_dump(experiment(TASKS[task], method, seed)))
+        base = ROOT / f"configs/continual/{TASKS[task].config}.yaml"
         given = ["--config", str(base), "--config", f"{folder}/study.yaml", "--run_dir", f"{folder}/run"]
         with redirect_stdout(nowhere), redirect_stderr(nowhere):
             main(["fit", *given, f"--model.optim.lr={lr}", f"--seed_everything={seed}"])
-        return figures(Path(folder) / "run", [*(SOURCES if task == "texts" else DIGITS)])
+        found = figures(Path(folder) / "run", TASKS[task].phases)
+    return found | ({"loss": found["last"]} if task == "new text" else {})
 
 
-def experiment(task: str, method: str, seed: int) -> dict[str, Any]:
+def experiment(task: Task, method: str, seed: int) -> dict[str, Any]:
     """What a run has otherwise than the config of its task."""
-    texts = task == "texts"
-    names = [*(SOURCES if texts else DIGITS)]
+    names, texts = task.phases, task.config == "language"
     phases = [{"name": name, "steps": STEPS, "data": data(name, seed)} for name in names]
     if method == "joint":
-        whole = data("code", seed) if texts else data("low", seed)
-        changed: Any = {"source": {str(source_of(name)): 1 for name in names}} if texts else {"classes": None}
-        whole = {**whole, "init_args": whole["init_args"] | changed}
+        whole = data(names[0], seed)
+        whole["init_args"] |= {"source": {str(source_of(name)): 1 for name in names}} if texts else {"classes": None}
         phases = [{"name": "joint", "steps": STEPS * len(names), "data": whole}]
         phases += [{"name": name, "steps": 0, "data": data(name, seed)} for name in names]
-    later, train = names[1:], "new" if texts else ["new", "head"]
-    size: dict[str, Any] = dict(FULL)
-    stages: list[dict[str, Any]] = []
-    if method in ("new tokens", "all tokens"):
-        size = HALF
-        for i, name in enumerate(later, 1):
-            counts = {kind.removesuffix("_tokens"): n + n * i // len(later) for kind, n in HALF.items()}
-            stages.append({"at_phase": name} | counts)
-    elif method == "net2net":
-        size = {"baseline": "width", "dim": 32, "num_heads": 4 // 2 ** len(later)}
-        stages = [{"at_phase": name, "width": 2} for name in later]
-    elif method == "lora":
-        size = HALF | {"baseline": "parameters"}
-        stages = [{"at_phase": name, "lora": 37 if texts else 47} for name in later]
-    elif method == "transformer":
-        size = FULL | {"baseline": "parameters"}
-    growth = {"stages": stages, "schedule": "continue", "train": train if method in ("new tokens", "lora") else "all"}
-    callbacks = [{"class_path": "GrowParameterTokens", "init_args": growth}] if stages else []
+    size, stages = models(task, method)
+    frozen = ["new"] if texts else ["new", "head"]
+    growth = {"stages": stages, "schedule": "continue", "train": frozen if method in ("new tokens", "lora") else "all"}
+    growth |= {"init": "zero_keys"} if method == "zero keys" else {}
     return {
-        "model": {"init_args": {"config": {"depth": 2} | size}},
+        "model": {"init_args": {"config": {"depth": 2} | task.changes | size}},
         "data": {"class_path": "PhasedDataModule", "init_args": {"phases": phases}},
         "trainer": {
             "max_steps": STEPS * len(names),
-            "callbacks": callbacks,
+            "callbacks": [{"class_path": "GrowParameterTokens", "init_args": growth}] if stages else [],
             "accelerator": "cpu",
             "devices": 1,
             "enable_progress_bar": False,
@@ -103,6 +132,27 @@ def experiment(task: str, method: str, seed: int) -> dict[str, Any]:
         "checkpoint": {"every_n_train_steps": STEPS * len(names), "save_top_k": 1},
         "best": {"save_top_k": 0},
     }
+
+
+def models(task: Task, method: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Sizes to begin with, and the growths."""
+    later, kinds = task.phases[1:], ("qkv", "proj", "ffn")
+    begin, end = (
+        {f"{kind}_tokens": n for kind, n in zip(kinds, counts, strict=True)} for counts in (task.first, task.last)
+    )
+    if method in ("new tokens", "all tokens", "zero keys"):
+        pairs = [*zip(kinds, task.first, task.last, strict=True)]
+        return begin, [
+            {"at_phase": name} | {kind: a + (b - a) * i // len(later) for kind, a, b in pairs}
+            for i, name in enumerate(later, 1)
+        ]
+    if method == "net2net":
+        dim, heads = task.narrow
+        size = {"baseline": "width", "dim": dim, "num_heads": heads}
+        return size, [{"at_phase": name, "width": 2} for name in later]
+    if method == "lora":
+        return begin | {"baseline": "parameters"}, [{"at_phase": name, "lora": task.rank} for name in later]
+    return end | ({"baseline": "parameters"} if method == "transformer" else {}), []
 
 
 def source_of(name: str) -> Path | str:
@@ -131,6 +181,7 @@ def figures(run_dir: Path, names: list[str]) -> dict[str, Any]:
     (checkpoint,) = (run_dir / "checkpoints").glob("*.ckpt")
     params = load_model(checkpoint).num_params()
     found: dict[str, Any] = {"params": params, "loss": mean(loss(name, last) for name in names)}
+    found["last"] = loss(names[-1], last)
     if names[0] in rows:
         found["learned"] = mean(loss(name, name) for name in names)
         found["forgotten"] = mean(loss(name, last) - loss(name, name) for name in names[:-1])
