@@ -1,17 +1,25 @@
 """Run a study, or go on with it: measure the rows that studies/results/NAME.csv lacks.
 
-    python -m studies                    # which there are
-    python -m studies growth --jobs 2    # two trainings at a time
-    python -m studies page               # make docs/study.md from all results
+    python -m studies                      # which there are
+    python -m studies growth --jobs 2      # two trainings at a time
+    python -m studies growth --scale 8     # eight times the steps and three times the widths: for a GPU
+    python -m studies page                 # make docs/study.md from all results
+    python -m studies smoke                # each cell of all studies with 21 steps, or a few more; keeps nothing
 
 It may be stopped at any time, at the cost of the trainings that run.
 """
 
 import argparse
+import os
+import shutil
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from studies import page
 from studies.runner import FOLDER, Study
+
+SMOKE = 0.005  # of the steps: as few as a warm-up leaves
 
 
 def main() -> None:
@@ -20,24 +28,37 @@ def main() -> None:
         prog="python -m studies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    parser.add_argument("name", nargs="?", help=f"one of {', '.join(known)}; or page")
+    parser.add_argument("name", nargs="?", help=f"one of {', '.join(known)}; or page, smoke")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the cores")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the steps of all trainings; its root, of widths")
     args = parser.parse_args()
     if args.name is None:
         print("\n".join(known))
     elif args.name == "page":
         page.write()
+    elif args.name == "smoke":
+        smoke(known)
     else:
-        run(args.name, args.jobs)
+        run(args.name, args.jobs, args.scale)
 
 
-def run(name: str, jobs: int) -> None:
+def run(name: str, jobs: int, scale: float = 1.0) -> None:
     """Measure what a study lacks."""
     try:
-        study = Study(name)
+        study = Study(name, scale=scale)
     except ValueError as error:
         sys.exit(f"error: {error}")
     study.measure(jobs)
+
+
+def smoke(names: list[str]) -> None:
+    """A short training of each cell of these studies, at the rate where its search begins, and the tables of them."""
+    with TemporaryDirectory() as folder:
+        for name in names:
+            shutil.copy(FOLDER / f"{name}.yaml", folder)
+            (study := Study(name, Path(folder), SMOKE)).seeds = 1
+            study.measure(os.cpu_count() or 1, search_rates=False)
+            print(page.section(study))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import csv
 import logging
 import os
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -39,8 +39,9 @@ import yaml
 from lit_modules.cli import main
 from lit_modules.modules.loading import load_model
 from studies.runner import ROOT
+from studies.training import scaled, widened
 
-STEPS = 200  # of a phase
+STEPS = scaled(200)  # of a phase
 # Real text that lies beside the project, or what the Hugging Face hub has of its kind.
 TEXTS = ROOT.parent / "shared/data/text"
 SOURCES = {
@@ -62,31 +63,30 @@ class Task:
         phases: their names.
         first: parameter tokens to begin with: query, key and value, projection, feed-forward.
         last: at the end.
+        dim: channels, in four heads.
         narrow: channels and heads with which Net2Net begins.
         rank: of the updates of LoRA.
-        changes: to the config of all models.
     """
 
     config: str
     phases: list[str]
     first: tuple[int, int, int] = (64, 64, 256)
     last: tuple[int, int, int] = (128, 128, 512)
+    dim: int
     narrow: tuple[int, int]
-    rank: int
-    changes: dict[str, Any] = field(default_factory=dict)
+    rank: int = 0
 
 
 TASKS = {
-    "texts": Task(config="language", phases=[*SOURCES], narrow=(32, 1), rank=37),
-    "digits": Task(config="vision", phases=[*DIGITS], narrow=(32, 2), rank=47),
+    "texts": Task(config="language", phases=[*SOURCES], dim=128, narrow=(32, 1), rank=37),
+    "digits": Task(config="vision", phases=[*DIGITS], dim=64, narrow=(32, 2), rank=47),
     "new text": Task(
         config="language",
         phases=["web", "wiki"],
         first=(48, 48, 192),
         last=(192, 192, 768),
+        dim=64,
         narrow=(64, 4),
-        rank=0,
-        changes={"dim": 64},
     ),
 }
 
@@ -118,12 +118,12 @@ def experiment(task: Task, method: str, seed: int) -> dict[str, Any]:
     growth = {"stages": stages, "schedule": "continue", "train": frozen if method in ("new tokens", "lora") else "all"}
     growth |= {"init": "zero_keys"} if method == "zero keys" else {}
     return {
-        "model": {"init_args": {"config": {"depth": 2} | task.changes | size}},
+        "model": {"init_args": {"config": size}},
         "data": {"class_path": "PhasedDataModule", "init_args": {"phases": phases}},
         "trainer": {
             "max_steps": STEPS * len(names),
             "callbacks": [{"class_path": "GrowParameterTokens", "init_args": growth}] if stages else [],
-            "accelerator": "cpu",
+            "accelerator": "auto",
             "devices": 1,
             "enable_progress_bar": False,
             "logger": False,
@@ -137,21 +137,23 @@ def experiment(task: Task, method: str, seed: int) -> dict[str, Any]:
 def models(task: Task, method: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Sizes to begin with, and the growths."""
     later, kinds = task.phases[1:], ("qkv", "proj", "ffn")
+    first, last = ([*map(widened, counts)] for counts in (task.first, task.last))
+    size: dict[str, Any] = {"depth": 2, "dim": widened(task.dim), "num_heads": widened(4)}
     begin, end = (
-        {f"{kind}_tokens": n for kind, n in zip(kinds, counts, strict=True)} for counts in (task.first, task.last)
+        size | {f"{kind}_tokens": n for kind, n in zip(kinds, counts, strict=True)} for counts in (first, last)
     )
     if method in ("new tokens", "all tokens", "zero keys"):
-        pairs = [*zip(kinds, task.first, task.last, strict=True)]
+        pairs = [*zip(kinds, first, last, strict=True)]
         return begin, [
             {"at_phase": name} | {kind: a + (b - a) * i // len(later) for kind, a, b in pairs}
             for i, name in enumerate(later, 1)
         ]
     if method == "net2net":
-        dim, heads = task.narrow
-        size = {"baseline": "width", "dim": dim, "num_heads": heads}
+        dim, heads = map(widened, task.narrow)
+        size |= {"baseline": "width", "dim": dim, "num_heads": heads}
         return size, [{"at_phase": name, "width": 2} for name in later]
     if method == "lora":
-        return begin | {"baseline": "parameters"}, [{"at_phase": name, "lora": task.rank} for name in later]
+        return begin | {"baseline": "parameters"}, [{"at_phase": name, "lora": widened(task.rank)} for name in later]
     return end | ({"baseline": "parameters"} if method == "transformer" else {}), []
 
 

@@ -31,15 +31,15 @@ from torch import Tensor
 from lit_modules.callbacks import ElasticTokens
 from lit_modules.commands.inspect_inputs import Batch
 from lit_modules.commands.shrink import rank
-from studies.training import text, train, validation_loss
+from studies.training import DEVICE, scaled, text, train, validation_loss, widened
 from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.elastic import elastic_layers, first, shrunk, use_first
 from tokenformer.pruning import keep_tokens
 
-SEQ_LEN, BATCH_SIZE, STEPS = 96, 12, 800
+SEQ_LEN, BATCH_SIZE, STEPS = 96, 12, scaled(800)
 SHARES = (1.0, 0.9, 0.7, 0.5, 0.25)
-SIZES = {"depth": 2, "dim": 96, "num_heads": 4}
-TOKENS = {"qkv_tokens": 96, "proj_tokens": 96, "ffn_tokens": 384}
+SIZES = {"depth": 2, "dim": widened(96), "num_heads": widened(4)}
+TOKENS = {kind: widened(n) for kind, n in (("qkv_tokens", 96), ("proj_tokens", 96), ("ffn_tokens", 384))}
 WHOLE = Path("runs/studies/elastic")
 
 
@@ -65,7 +65,7 @@ def run(model: Literal["tokenformer", "transformer"], method: str, lr: float, se
             return shrunk(net, share)
         if share < 1:
             keep_tokens(net, rank(net, Shown(net, data), share, "gradient" if method == "gradient" else "use")[0])  # type: ignore[arg-type]
-        return go(net, STEPS // 10, lr / 10, skip=STEPS) if method.endswith("trained") else net
+        return go(net, max(21, STEPS // 10), lr / 10, skip=STEPS) if method.endswith("trained") else net
 
     @cache
     def elastic() -> TokenFormerLM:
@@ -89,8 +89,10 @@ def build(model: str, seed: int, share: float = 1.0) -> TokenFormerLM:
     baseline = "parameters" if model == "transformer" else None
     shape: dict[str, Any] = {"vocab_size": 257, "max_seq_len": SEQ_LEN, "init": "scaled", "scale": "learned", **SIZES}
     if baseline is None:
-        return TokenFormerLM(LMConfig(**shape, **{kind: first(n, share) for kind, n in TOKENS.items()}))
-    return shrunk(TokenFormerLM(LMConfig(**shape, **TOKENS, baseline=baseline)), share)  # type: ignore[arg-type, return-value]
+        net = TokenFormerLM(LMConfig(**shape, **{kind: first(n, share) for kind, n in TOKENS.items()}))
+    else:
+        net = shrunk(TokenFormerLM(LMConfig(**shape, **TOKENS, baseline=baseline)), share)  # type: ignore[arg-type, assignment]
+    return net.to(DEVICE)
 
 
 def trained_once(model: str, lr: float, seed: int, go: Any) -> TokenFormerLM:
@@ -103,7 +105,7 @@ def trained_once(model: str, lr: float, seed: int, go: Any) -> TokenFormerLM:
         if not path.exists():
             torch.save(go(net).state_dict(), path.with_suffix(".part"))
             path.with_suffix(".part").rename(path)
-    net.load_state_dict(torch.load(path, weights_only=True))
+    net.load_state_dict(torch.load(path, DEVICE, weights_only=True))
     return net.eval()
 
 
@@ -121,17 +123,25 @@ class Shown:
 
     def loss(self, batch: Batch) -> Tensor:
         """Nats a byte."""
-        return self.model.loss(batch.inputs, batch.targets)
+        return self.model.loss(batch.inputs, batch.targets)  # on the model's device, where `rank` has put them
+
+
+def clock() -> float:
+    """Seconds of this process's work; on a GPU, once all of it is done."""
+    if DEVICE == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @torch.no_grad()
 def speeds(nets: list[TokenFormerLM]) -> list[float]:
     """How many times faster than the first each of them reads: medians of rounds in turn, processor time alone."""
-    ids = torch.randint(257, (4 * BATCH_SIZE, SEQ_LEN))
+    ids = torch.randint(257, (4 * BATCH_SIZE, SEQ_LEN), device=DEVICE)
     times: list[list[float]] = [[] for _ in nets]
     for _ in range(7):
         for net, seconds in zip(nets, times, strict=True):
-            start = time.process_time()
+            start = clock()
             net.hidden(ids)
-            seconds.append(time.process_time() - start)
+            seconds.append(clock() - start)
     return [median(times[0]) / median(seconds) for seconds in times]

@@ -32,7 +32,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from studies.training import text, train, validation_loss
+from studies.training import DEVICE, scaled, text, train, validation_loss, widened
 from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.growth import grow_layers, pattention_layers, plan_growth
 from tokenformer.matched_keys import matched_key_stds, measuring_scores
@@ -40,11 +40,12 @@ from tokenformer.pattention import Pattention
 
 SEQ_LEN, BATCH_SIZE = 96, 12
 BASES = Path("runs/studies/growth")
+WIDTHS = ("dim", "num_heads", "qkv_tokens", "proj_tokens", "ffn_tokens")
 SIZES = {
-    "small": {"depth": 2, "dim": 64, "num_heads": 4, "qkv_tokens": 16, "proj_tokens": 16, "ffn_tokens": 64},
-    "medium": {"depth": 3, "dim": 96, "num_heads": 4, "qkv_tokens": 24, "proj_tokens": 24, "ffn_tokens": 96},
+    name: {"depth": depth, **dict(zip(WIDTHS, map(widened, widths), strict=True))}
+    for name, depth, *widths in (("small", 2, 64, 4, 16, 16, 64), ("medium", 3, 96, 4, 24, 24, 96))
 }
-BASE_STEPS = {"small": 2400, "medium": 3600}
+BASE_STEPS = {"small": scaled(2400), "medium": scaled(3600)}
 BASE_RATES = {"adamw": 4e-3, "muon": 8e-3}
 
 Keys = Literal["matched", "key_std", "channels", "rms", "2 rms"]
@@ -54,7 +55,8 @@ def build(size: str, seed: int, factor: int = 1) -> TokenFormerLM:
     """A model, `factor` times its size in tokens."""
     torch.manual_seed(seed)
     sizes = {name: value * (factor if name.endswith("tokens") else 1) for name, value in SIZES[size].items()}
-    return TokenFormerLM(LMConfig(vocab_size=257, max_seq_len=SEQ_LEN, init="scaled", scale="learned", **sizes))  # type: ignore[arg-type]
+    config = LMConfig(vocab_size=257, max_seq_len=SEQ_LEN, init="scaled", scale="learned", **sizes)  # type: ignore[arg-type]
+    return TokenFormerLM(config).to(DEVICE)
 
 
 @cache
@@ -71,7 +73,7 @@ def base(size: str, optimizer: str, seed: int) -> dict[str, Any]:
             state = train(model, data, model.loss, optimizer, BASE_RATES[optimizer], BASE_STEPS[size])
             torch.save({"model": model.state_dict(), "optimizer": state}, path.with_suffix(".part"))
             path.with_suffix(".part").rename(path)
-    return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+    return torch.load(path, DEVICE, weights_only=True)  # type: ignore[no-any-return]
 
 
 def run(
@@ -96,11 +98,14 @@ def run(
         train(model, data, model.loss, optimizer, lr, steps, precision=getattr(torch, precision), **more)
 
     base_steps = BASE_STEPS[size]
-    steps = round(stage * base_steps)
+    steps = max(21, round(stage * base_steps))
     model = build(size, seed)
     base_flops = base_steps * step_flops(model)
     if kind == "base":
-        go(model, steps)
+        if stage == 1 and lr == BASE_RATES[optimizer]:  # that of all other kinds
+            model.load_state_dict(base(size, optimizer, seed)["model"])
+        else:
+            go(model, steps)
         return {"params": model.num_params(), "flops": steps * step_flops(model), "loss": loss(model)}
     if kind == "scratch":
         model = build(size, seed, factor)
@@ -137,7 +142,8 @@ def add_tokens(model: TokenFormerLM, kind: str, keys: Keys | str, factor: int, s
         return []
     old_keys = {name: layer.segments[0].keys.clone() for name, layer in pattention_layers(model).items()}
     with measuring_scores(model) as sums:
-        model.loss(*next(iter(text(SEQ_LEN, BATCH_SIZE, seed).train_dataloader())))
+        batch = next(iter(text(SEQ_LEN, BATCH_SIZE, seed).train_dataloader()))
+        model.loss(*(part.to(DEVICE) for part in batch))
     stds = matched_key_stds(model, sums)
     for name, layer in pattention_layers(model).items():
         rms = float(old_keys[name].square().mean().sqrt())

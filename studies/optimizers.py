@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from datamodules.images import ImageDataModule
 from studies.runner import ROOT
-from studies.training import ready, text, train, validation_loss
+from studies.training import DEVICE, ready, scaled, text, train, validation_loss, widened
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig
 
 BATCH_SIZE = {"bytes": 12, "digits": 64, "cifar": 64}
@@ -34,7 +34,7 @@ SIZES = {"0.3M": (4, 64, 4), "1M": (4, 128, 4), "10M": (6, 320, 5)}
 def run(task: str, size: str, model: str, optimizer: str, steps: int, lr: float, seed: int) -> dict[str, Any]:
     """Train one model; the figures of its row."""
     torch.manual_seed(seed)
-    depth, dim, heads = SIZES[size]
+    depth, dim, heads = SIZES[size][0], *map(widened, SIZES[size][1:])
     sizes: dict[str, Any] = {"depth": depth, "dim": dim, "num_heads": heads, "init": "scaled", "scale": "learned"}
     sizes |= {"qkv_tokens": dim, "proj_tokens": dim, "ffn_tokens": 4 * dim}
     sizes |= {"baseline": "parameters"} if model == "transformer" else {}
@@ -52,7 +52,7 @@ def run(task: str, size: str, model: str, optimizer: str, steps: int, lr: float,
             return F.cross_entropy(net(images), labels, label_smoothing=0.1)
 
     start = time.process_time()
-    train(net, data, loss_of, optimizer, lr, steps)
+    train(net.to(DEVICE), data, loss_of, optimizer, lr, scaled(steps))
     seconds = time.process_time() - start
     net.eval()
     loss = validation_loss(net, text(SEQ_LEN, BATCH_SIZE[task], 0)) if task == "bytes" else error_rate(net, data)
@@ -65,6 +65,6 @@ def error_rate(model: TokenFormerViT, data: ImageDataModule) -> float:
     wrong = count = 0
     for images, labels, places in data.val_dataloader():
         real = places >= 0  # the others fill up a batch
-        wrong += int((model(images).argmax(-1) != labels)[real].sum())
+        wrong += int((model(images.to(DEVICE)).argmax(-1).cpu() != labels)[real].sum())
         count += int(real.sum())
     return 100 * wrong / count

@@ -36,9 +36,10 @@ class Study:
     Args:
         name: of the study.
         folder: where its YAML and its results are.
+        scale: of the steps of all trainings, its whole root that of widths; rows of another scale are in a file beside.
     """
 
-    def __init__(self, name: str, folder: Path = FOLDER) -> None:
+    def __init__(self, name: str, folder: Path = FOLDER, scale: float = 1.0) -> None:
         path = folder / f"{name}.yaml"
         if not path.exists():
             known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
@@ -48,26 +49,27 @@ class Study:
         self.cells = [cell for product in spec["cells"] for cell in expand(product)]
         self.columns = list(dict.fromkeys(name for cell in self.cells for name in cell if name != "lr_near"))
         self.columns = [name for name in self.columns if name != "lr"] + ["lr", "seed"]
-        self.path = folder / "results" / f"{name}.csv"
+        self.scale = scale
+        self.path = folder / "results" / (f"{name}.csv" if scale == 1 else f"{name}-x{scale:g}.csv")
         self.rows: list[Row] = list(csv.DictReader(self.path.open(newline=""))) if self.path.exists() else []
         self._writing = threading.Lock()
 
-    def measure(self, jobs: int = 1) -> None:
-        """Measure what is missing, `jobs` trainings at a time."""
+    def measure(self, jobs: int = 1, search_rates: bool = True) -> None:
+        """Measure what is missing, `jobs` trainings at a time; else each at the rate where a search would begin."""
         threads = max(1, (os.cpu_count() or 1) // jobs)
         with (
-            ProcessPoolExecutor(jobs, get_context("spawn"), prepare, (threads,)) as processes,
+            ProcessPoolExecutor(jobs, get_context("spawn"), prepare, (threads, self.scale)) as processes,
             ThreadPoolExecutor(jobs) as searches,
         ):
             try:
-                for done in [searches.submit(self._measure_cell, cell, processes) for cell in self.cells]:
+                for done in [searches.submit(self._measure_cell, cell, processes, search_rates) for cell in self.cells]:
                     done.result()
             except BaseException:  # an error or Ctrl-C: begin nothing more
                 searches.shutdown(wait=False, cancel_futures=True)
                 processes.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _measure_cell(self, cell: Settings, processes: ProcessPoolExecutor) -> None:
+    def _measure_cell(self, cell: Settings, processes: ProcessPoolExecutor, search_rates: bool = True) -> None:
         settings = {name: value for name, value in cell.items() if name not in ("lr", "lr_near")}
 
         def loss(lr: float, seed: int) -> float:
@@ -79,7 +81,9 @@ class Study:
                 self._add(row)
             return float(row["loss"]) if math.isfinite(float(row["loss"])) else math.inf
 
-        best = cell["lr"] if "lr" in cell else search(lambda lr: loss(lr, 0), cell["lr_near"])
+        best = cell["lr"] if "lr" in cell else cell["lr_near"]
+        if "lr" not in cell and search_rates:
+            best = search(lambda lr: loss(lr, 0), cell["lr_near"])
         for seed in range(self.seeds):
             loss(best, seed)
 
@@ -135,9 +139,10 @@ def search(loss: Any, near: float) -> float:
         best = lowest
 
 
-def prepare(threads: int) -> None:
+def prepare(threads: int, scale: float) -> None:
     """Set up a process that trains: with so many threads, and it ends if the study's does, even by a kill."""
     torch.set_num_threads(threads)
+    os.environ["STUDY_SCALE"] = str(scale)  # for studies.training, which it has not imported yet
     study = parent_process()
     assert study is not None
     threading.Thread(target=lambda: (study.join(), os._exit(1)), daemon=True).start()

@@ -1,5 +1,6 @@
 """The plain loop of all studies: the suite's models, data, optimizers and schedules, without Lightning."""
 
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
@@ -16,6 +17,19 @@ from lit_modules.optim.groups import make_optimizer, param_groups
 from lit_modules.optim.schedule import lr_scheduler
 from tokenformer import TokenFormerLM
 from tokenformer.backbone import block_matrices
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCALE = float(os.environ.get("STUDY_SCALE", "1"))  # `--scale`
+
+
+def scaled(steps: int) -> int:
+    """So many steps, times the scale of a larger machine, or of a trial."""
+    return max(21, round(steps * SCALE))
+
+
+def widened(size: int) -> int:
+    """So many channels, heads or tokens, times the whole root of the scale, so that matrices grow by about as much."""
+    return size * max(1, round(SCALE**0.5))
 
 
 @cache
@@ -71,8 +85,8 @@ def train(
     batches = (batch for _ in iter(int, 1) for batch in loader)
     for step, batch in enumerate(islice(batches, skip, skip + steps)):
         before_step(step)
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            loss = loss_of(*batch)
+        with torch.autocast(DEVICE, precision, enabled=precision != torch.float32):
+            loss = loss_of(*(part.to(DEVICE) for part in batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -84,5 +98,6 @@ def train(
 @torch.no_grad()
 def validation_loss(model: TokenFormerLM, data: TextDataModule, num_batches: int = 40) -> float:
     """Nats a byte on held-out text."""
-    batches = islice(data.val_dataloader(), num_batches)
-    return float(torch.stack([model.nats_and_entropy(*batch)[0].mean() for batch in batches]).mean())
+    batches = islice(data.val_dataloader(), max(2, round(num_batches * min(1.0, SCALE))))
+    losses = [model.nats_and_entropy(*(part.to(DEVICE) for part in batch))[0].mean() for batch in batches]
+    return float(torch.stack(losses).mean())
