@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tokenformer.baseline import Linear
 from tokenformer.config import widened
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -24,7 +25,7 @@ def widen(model: Model, factor: int, seed: int = 0) -> Model:
 
     Net2Net (Chen et al. 2016): every channel becomes `factor` equal ones, and the weights that read them are divided in
     random shares, so that the copies can part. A whole number, because a LayerNorm's mean and variance stay only if
-    every channel is copied equally often.
+    every channel is copied equally often. Updates of low rank become part of their weights.
 
     Args:
         model: a baseline; it is left as it is.
@@ -47,7 +48,10 @@ def widen(model: Model, factor: int, seed: int = 0) -> Model:
     wide = type(model)(widened(config, factor))
     wide.to(next(model.parameters()))
     generator = torch.Generator().manual_seed(seed)
-    old = dict(model.named_parameters())
+    old: dict[str, Tensor] = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.lora:
+            old[f"{name}.weight"] = module.merged()
     for name, parameter in wide.named_parameters():
         source = old[name]
         times = [new // old for new, old in zip(parameter.shape, source.shape, strict=True)]

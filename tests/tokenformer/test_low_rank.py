@@ -7,6 +7,7 @@ from tests.tokenformer.tiny_lm import IDS, LM
 from tokenformer import LMConfig, TokenFormerLM, ViTConfig, from_pretrained, save_pretrained
 from tokenformer.baseline import Linear, add_lora
 from tokenformer.elastic import elastic_layers
+from tokenformer.net2net import widen
 from tokenformer.vision import TokenFormerViT
 
 PROJECTIONS = 2 * (4 * (32 + 32) + 2 * (32 + 128))  # rows and columns of both blocks' matrices
@@ -69,6 +70,14 @@ def test_a_folder_has_them_merged_or_beside(tmp_path):
     assert merged.state_dict().keys() == tiny().state_dict().keys()
     torch.testing.assert_close(merged(IDS), expected)
     assert torch.equal(beside(IDS), expected)
+
+
+def test_a_wider_model_has_them_in_its_weights():
+    model = tiny()
+    add_lora(model, 3)
+    wide = widen(trained(model), 2)
+    torch.testing.assert_close(wide(IDS), model(IDS), atol=1e-4, rtol=1e-4)
+    assert not any(".lora." in name for name, _ in wide.named_parameters())
 
 
 def test_an_image_model_has_them_too():
