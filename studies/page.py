@@ -26,7 +26,6 @@ def page() -> str:
 
 def section(study: Study) -> str:
     """What a study asks, and its table."""
-    asked = (importlib.import_module(study.module).__doc__ or "").split("\n\n", 1)
     names = [name for name in study.columns if name not in ("lr", "seed")]
     cells = [{name: cell.get(name, "") for name in names} for cell in study.cells]
     shown = [name for name in names if len({cell[name] for cell in cells}) > 1]
@@ -36,12 +35,9 @@ def section(study: Study) -> str:
     lines += [
         f"| {' | '.join([*(str(cell[name]) for name in shown), *figures(study, cell, others)])} |" for cell in cells
     ]
-    return f"\n## {study.name}: {asked[0]}\n\n{described(asked)}" + "\n".join(lines) + "\n"
-
-
-def described(asked: list[str]) -> str:
-    """The module's text about itself, as it stands there."""
-    return f"```text\n{asked[1].strip()}\n```\n\n" if len(asked) > 1 else ""
+    about = (importlib.import_module(study.module).__doc__ or "").strip()
+    text = f"```text\n{about}\n```\n\n" if about else ""
+    return f"\n## {study.name}: {study.question}\n\n{text}" + "\n".join(lines) + "\n"
 
 
 def figures(study: Study, cell: Settings, others: Sequence[str]) -> list[str]:

@@ -42,7 +42,8 @@ def study(tmp_path, monkeypatch):
         return {"loss": math.nan if kind == "c" else (math.log2(lr) - least[kind]) ** 2 + seed, "params": 10}
 
     monkeypatch.setitem(sys.modules, "studies.parabola", SimpleNamespace(run=run))
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({"run": "parabola", "seeds": 3, "cells": CELLS}))
+    spec = {"question": "?", "run": "parabola", "seeds": 3, "cells": CELLS}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(spec))
 
     def go():
         trained.clear()

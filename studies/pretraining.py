@@ -1,0 +1,115 @@
+"""Models that are trained from the start, each at its own best rate.
+
+task        bytes     of Python's standard library; nats a byte
+            digits    scikit-learn's, 8 x 8 pixels; per cent of the validation images that are named wrong
+            cifar     5,000 images of CIFAR-10 (all 50,000 where those do not lie beside the project); the same
+size        parameters, roughly: 0.3M has 4 blocks of 64 channels, 1M 4 of 128, 10M 6 of 320; D tokens a layer, 4 D in
+            the feed-forward ones
+model       tokenformer, or transformer: its twin of as many parameters
+dim         another number of channels D in heads of 32, with so many tokens that parameters stay: few wide, many narrow
+share       of all tokens, that of the projections: 0.5 unless it is said
+score_norm  l2_norm_gelu unless it is said; gelu_l2_norm, softmax (exp, then L1) or l1_norm_gelu (the sum of |score|)
+norms       LayerNorms inside blocks: without weight and bias unless it is said; bias, or affine (both)
+
+`cpu_seconds` are those of all threads of a training, with its data, validation left out.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datamodules.images import ImageDataModule
+from studies.runner import ROOT
+from studies.training import DEVICE, ready, scaled, text, train, validation_loss, widened
+from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig
+from tokenformer.growth import pattention_layers
+from tokenformer.pattention import Pattention
+
+BATCH_SIZE = {"bytes": 12, "digits": 64, "cifar": 64}
+SEQ_LEN = 128
+CIFAR = ROOT.parent / "shared/data/images/cifar10"  # real images, re-encoded as JPEG
+IMAGES: dict[str, dict[str, Any]] = {
+    "digits": {"source": "digits", "image_size": 8, "crop": "none", "hflip": 0.0},
+    "cifar": {"source": str(CIFAR) if CIFAR.exists() else "hf:uoft-cs/cifar10", "image_size": 32, "crop": "padded"},
+}
+PATCH_SIZE = {"digits": 2, "cifar": 4}
+SIZES = {"0.3M": (4, 64, 4), "1M": (4, 128, 4), "10M": (6, 320, 5)}
+
+
+def run(
+    task: str,
+    size: str,
+    model: str,
+    optimizer: str,
+    steps: int,
+    lr: float,
+    seed: int,
+    dim: int | str = "",
+    share: float | str = "",
+    score_norm: str = "l2_norm_gelu",
+    norms: str = "",
+) -> dict[str, Any]:
+    """Train one model; the figures of its row."""
+    torch.manual_seed(seed)
+    shape = shape_of(size, dim, share) | {"norm_affine": bool(norms)}
+    shape |= {"baseline": "parameters"} if model == "transformer" else {}
+    shape |= {"score_norm": score_norm} if score_norm != "l1_norm_gelu" else {}
+    if task == "bytes":
+        data: Any = text(SEQ_LEN, BATCH_SIZE[task], seed)
+        net: Any = TokenFormerLM(LMConfig(vocab_size=data.vocab_size, max_seq_len=SEQ_LEN, **shape))
+        loss_of = net.loss
+    else:
+        images = {"crop_pct": 1.0, "batch_size": BATCH_SIZE[task], "num_workers": 0, "seed": seed}
+        data = ready(ImageDataModule(**IMAGES[task], **images))
+        shape |= {"image_size": data.image_size, "patch_size": PATCH_SIZE[task], "num_classes": len(data.class_names)}
+        net = TokenFormerViT(ViTConfig(pool="avg", position="learned", **shape))
+
+        def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(net(images), labels, label_smoothing=0.1)
+
+    if norms == "bias":
+        for norm in (m for block in net.backbone.blocks for m in block.modules() if isinstance(m, nn.LayerNorm)):
+            norm.weight.requires_grad_(False)
+    if score_norm == "l1_norm_gelu":
+        for layer in pattention_layers(net).values():
+            layer.forward = lambda x, layer=layer: l1_norm_gelu(layer, x)  # type: ignore[method-assign]
+    start = time.process_time()
+    train(net.to(DEVICE), data, loss_of, optimizer, lr, scaled(steps))
+    seconds = time.process_time() - start
+    net.eval()
+    loss = validation_loss(net, text(SEQ_LEN, BATCH_SIZE[task], 0)) if task == "bytes" else error_rate(net, data)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return {"params": trained, "loss": loss, "cpu_seconds": round(seconds)}
+
+
+def shape_of(size: str, dim: int | str = "", share: float | str = "") -> dict[str, Any]:
+    """The fields of a config that say how large a model is."""
+    depth, width, heads = SIZES[size][0], *map(widened, SIZES[size][1:])
+    tokens, projections = 8 * width, float(share or 0.5)  # of the five layers of a block together
+    if dim:
+        tokens, width, heads = tokens * width // widened(int(dim)), widened(int(dim)), widened(int(dim)) // 32
+    each = round(projections * tokens / 4)
+    counts = {"qkv_tokens": each, "proj_tokens": each, "ffn_tokens": tokens - 4 * each}
+    return {"depth": depth, "dim": width, "num_heads": heads, "init": "scaled", "scale": "learned", **counts}
+
+
+def l1_norm_gelu(layer: Pattention, x: Tensor) -> Tensor:
+    """GELU(g N A / sum |A|) V: scores with a mean size of 1 times the trained gain g, as those of l2_norm_gelu."""
+    (segment,) = layer.segments
+    scores = x @ segment.keys.T  # type: ignore[operator]
+    tau = layer.current_tau().to(x.dtype) * layer.num_tokens**0.5
+    return F.gelu(scores * tau / scores.abs().sum(-1, keepdim=True)) @ segment.values  # type: ignore[operator]
+
+
+@torch.no_grad()
+def error_rate(model: TokenFormerViT, data: ImageDataModule) -> float:
+    """The share of validation images that are named wrong, in per cent."""
+    wrong = count = 0
+    for images, labels, places in data.val_dataloader():
+        real = places >= 0  # the others fill up a batch
+        wrong += int((model(images.to(DEVICE)).argmax(-1).cpu() != labels)[real].sum())
+        count += int(real.sum())
+    return 100 * wrong / count

@@ -1,0 +1,65 @@
+"""Rows of models that are trained from the start: each task, model and optimizer, and each other choice."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from studies import pretraining
+from studies.pretraining import CIFAR, l1_norm_gelu, run, shape_of
+from tokenformer.pattention import Pattention
+
+
+@pytest.mark.parametrize("task", ["bytes", "digits", "cifar"])
+def test_a_row_of_each_task(monkeypatch, task):
+    if task == "cifar" and not CIFAR.exists():
+        pytest.skip(f"needs {CIFAR.name}, images that lie beside the project")
+    monkeypatch.setattr(pretraining, "SIZES", {"tiny": (1, 16, 2)})
+    found = {
+        (model, name): run(task, "tiny", model, name, steps=100 if task == "digits" else 30, lr=8e-3, seed=0)
+        for model in ("tokenformer", "transformer")
+        for name in ("adamw", "muon")
+    }
+    losses = {case: row["loss"] for case, row in found.items()}
+    assert len(set(losses.values())) == 4 or task != "bytes"  # shares of a few images may be equal
+    assert all(loss < {"bytes": 4.5, "digits": 88, "cifar": 88}[task] for loss in losses.values())
+    params = {model: found[model, "muon"]["params"] for model in ("tokenformer", "transformer")}
+    assert params["tokenformer"] == pytest.approx(params["transformer"], rel=0.01)
+
+
+def test_parameters_stay_where_width_and_share_differ():
+    def params(**choice):
+        shape = shape_of("1M", **choice)
+        return shape["dim"] * (4 * shape["qkv_tokens"] + shape["ffn_tokens"]), shape
+
+    base, shape = params()
+    assert (shape["qkv_tokens"], shape["ffn_tokens"], shape["num_heads"]) == (128, 512, 4)
+    for dim in (64, 96, 256, 512):
+        found, shape = params(dim=dim)
+        assert found == pytest.approx(base, rel=0.01)
+        assert (shape["dim"], shape["num_heads"]) == (dim, dim // 32)
+    for share, counts in ((0.25, (64, 768)), (0.75, (192, 256))):
+        found, shape = params(share=share)
+        assert found == base
+        assert (shape["qkv_tokens"], shape["ffn_tokens"]) == counts
+
+
+def test_norms_are_those_that_are_said(monkeypatch):
+    monkeypatch.setattr(pretraining, "SIZES", {"tiny": (1, 16, 2)})
+
+    def row(**choice):
+        return run("bytes", "tiny", "tokenformer", "muon", steps=30, lr=8e-3, seed=0, **choice)
+
+    plain = row()
+    norms = {name: row(norms=name) for name in ("bias", "affine")}
+    assert norms["bias"]["params"] == plain["params"] + 2 * 16
+    assert norms["affine"]["params"] == plain["params"] + 4 * 16
+    scores = [row(score_norm=name)["loss"] for name in ("gelu_l2_norm", "l1_norm_gelu", "softmax")]
+    assert len({plain["loss"], *scores, *(found["loss"] for found in norms.values())}) == 6
+
+
+def test_the_l1_norm_gives_scores_a_mean_size_of_one():
+    layer = Pattention(8, 8, 50, scale="learned").double()
+    x = torch.randn(3, 8, dtype=torch.double)
+    scores = x @ layer.segments[0].keys.T
+    expected = F.gelu(scores / scores.abs().mean(1, keepdim=True)) @ layer.segments[0].values
+    torch.testing.assert_close(l1_norm_gelu(layer, x), expected)
