@@ -47,11 +47,13 @@ def keep_asked(model: Any, source: Path, words: list[str], adapters: Sequence[st
 
 def _of_phases(model: Any, source: Path, names: list[str]) -> list[int]:
     """What a run began with, and what its growths in these phases have added."""
+    if not (layers := pattention_layers(model)):
+        raise ValueError(f"--segments of {' '.join(names)}: {source} is a baseline, which has no segments")
     growths = [] if is_exported(source) else read_header(source).get("growths", [])
     phases = [growth.get("phase") for growth in growths]
     if not names or not set(names) <= set(phases):
         known = ", ".join(filter(None, dict.fromkeys(phases)))
         asked = f"--segments of {' '.join(names)}: give phases in which the checkpoint's run has grown"
         raise ValueError(f"{asked}: {known or 'none is on record'}")
-    first = max(len(layer.segments) for layer in pattention_layers(model).values()) - len(growths)
+    first = max(len(layer.segments) for layer in layers.values()) - len(growths)
     return [*range(first), *(first + i for i, phase in enumerate(phases) if phase in names)]

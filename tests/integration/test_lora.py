@@ -46,6 +46,8 @@ def test_export_and_a_new_start_have_them_merged(corpus, tmp_path):
     main(["export", str(last), "--out", str(tmp_path / "model")])
     assert "LoRA of rank 3, merged" in (tmp_path / "model/README.md").read_text()
     expected = load_model(last)(IDS)
+    with pytest.raises(ValueError, match="--segments of wiki: .* is a baseline, which has no segments"):
+        main(["generate", str(last), "--prompt", "a", "--segments", "of", "wiki"])
     torch.testing.assert_close(from_pretrained(tmp_path / "model")(IDS), expected)
     torch.testing.assert_close(load_trained(last)(IDS), expected)
     start = [*OPTIONS, f"--model.init_from={last}", "--trainer.callbacks=[]", "--trainer.max_steps=1"]
