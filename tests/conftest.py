@@ -17,10 +17,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def forget_other_runs():
-    """What a DDP run leaves in this process: where its processes have met, and as many threads as there are cores."""
+    """What runs leave in this process: where those of DDP have met, as many threads as cores, trainer.deterministic."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
     torch.set_num_threads(1)  # another number, other bits
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

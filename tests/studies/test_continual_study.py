@@ -6,12 +6,18 @@ import yaml
 from studies import continual
 from studies.continual import TASKS, experiment, run
 from studies.runner import Study
+from tests.conftest import write_corpus
 
 CASES = [(cell["task"], cell["method"]) for cell in Study("continual").cells]
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, tmp_path):
+    """Few steps on made-up texts."""
+    texts = {name: (tmp_path / f"{name}.jsonl", "") for name in continual.SOURCES}
+    for seed, (path, _) in enumerate(texts.values()):
+        write_corpus(path, seed=seed)
+    monkeypatch.setattr(continual, "SOURCES", texts)
     monkeypatch.setattr(continual, "STEPS", 21)  # one more than the warm-up has
     monkeypatch.setattr(continual, "TEXT_DATA", continual.TEXT_DATA | {"seq_len": 32, "batch_size": 4})
 
