@@ -10,6 +10,7 @@ It may be stopped at any time, at the cost of the trainings that run.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -32,6 +33,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the cores")
     parser.add_argument("--scale", type=float, default=1.0, help="of the steps of all trainings; its root, of widths")
     args = parser.parse_args()
+    if not args.scale > 0:
+        parser.error(f"--scale {args.scale:g}: must be above 0")
+    if args.name in (None, "page", "smoke") and (args.jobs, args.scale) != (1, 1.0):
+        parser.error(f"--jobs and --scale are of a study, not of {args.name or 'the list'}")
     if args.name is None:
         print("\n".join(known))
     elif args.name == "page":
@@ -53,7 +58,7 @@ def run(name: str, jobs: int, scale: float = 1.0) -> None:
 
 def smoke(names: list[str]) -> None:
     """A short training of each cell of these studies, at the rate where its search begins, and the tables of them."""
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, contextlib.chdir(folder):  # where what is trained once is kept
         for name in names:
             shutil.copy(FOLDER / f"{name}.yaml", folder)
             (study := Study(name, Path(folder), SMOKE)).seeds = 1

@@ -11,12 +11,14 @@ earlier ones have risen since. `matrix` in the results has a line for the start 
 phases after it.
 
 method        before each later phase
-new tokens    grows (anchored); what is older is frozen, so `learned` is there to the bit (`--segments of PHASE`)
+new tokens    grows (anchored); what is older is frozen: the model after each phase of texts is there to the bit
+              (`--segments first K`)
 all tokens    grows (anchored); all is trained
 zero keys     the same from keys of zero, as in the paper
 tokenformer   nothing: it has its last size from the start
 transformer   nothing: the same of the Transformer twin
-net2net       the channels of the Transformer are doubled, to the same number of channels, all is trained
+net2net       the channels of the Transformer are doubled, all is trained; it begins and ends with fewer parameters than
+              the others (new text: with as many)
 lora          the Transformer, of as many parameters as the TokenFormer begins with, gets updates of low rank, as many
               parameters as tokens; the rest is frozen
 joint         all data at once, by the TokenFormer at its last size: as if there were no phases

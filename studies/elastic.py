@@ -10,7 +10,7 @@ first        one model was trained whole, then cut to its first tokens
 use          the same, to the tokens with the largest mean |weight| x |value| on 20 batches
 gradient     the same, to those without which the loss there rises most, |dL/dv . v|
 use, trained      as `use`, then trained for a tenth of the steps with a tenth of the rate
-whole, trained    as that, and nothing was taken away: what the training alone does
+whole, trained    as that, and nothing was taken away: what the training alone does; its loss is that of the whole
 
 `speed` in the results: for each share how many times faster than the whole model it reads, processor time alone.
 """

@@ -82,12 +82,23 @@ class Linear(nn.Linear):
         return whole.to(self.weight.dtype)
 
     def match(self, shapes: Mapping[str, torch.Size], prefix: str = "") -> None:
-        """Have as many updates as a state dict, given the shapes of its tensors; new ones are zeros."""
-        while (name := f"{prefix}lora.{len(self.lora)}.down") in shapes:
-            self.append_lora(shapes[name][0])
+        """Have the updates of a state dict, given the shapes of its tensors; new ones are zeros.
+
+        A state dict that knows nothing of this layer changes nothing.
+        """
+        if f"{prefix}weight" not in shapes:
+            return
+        ranks: list[int] = []
+        while (shape := shapes.get(f"{prefix}lora.{len(ranks)}.down")) is not None and len(shape) == 2:
+            ranks.append(shape[0])
+        present = [len(update.down) for update in self.lora]  # type: ignore[arg-type]
+        fit = next((i for i, (a, b) in enumerate(zip(present, ranks, strict=False)) if a != b), len(ranks))
+        del self.lora[fit:]
+        for rank in ranks[len(self.lora) :]:
+            self.append_lora(rank)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self.match({name: t.shape for name, t in state_dict.items() if name.startswith(f"{prefix}lora.")}, prefix)
+        self.match({name: t.shape for name, t in state_dict.items() if name.startswith(prefix)}, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

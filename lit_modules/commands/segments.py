@@ -3,11 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lit_modules.checkpoints.reading import read_header
 from tokenformer.files import is_exported
 from tokenformer.parts import keep_segments, pattention_layers
+from tokenformer.pruning import By
 
 
 def add_segments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add_segments(parser: argparse.ArgumentParser) -> None:
         default=["all"],
         metavar="WHICH",
         help="all (default), first K, numbers (0 is what a layer of a grown model began with, 1 its first growth), or "
-        "of PHASE: what a checkpoint's run began with, and what it added in that phase or those",
+        "of PHASE: what a checkpoint's run began with, and what it has added in that phase or those",
     )
 
 
@@ -31,6 +32,8 @@ def keep_asked(model: Any, source: Path, words: list[str], adapters: Sequence[st
     """
     if words == ["all"]:
         return
+    if not pattention_layers(model):
+        raise ValueError(f"--segments {' '.join(words)}: {source} is a baseline, which has no segments: give all")
     if adapters:
         raise ValueError("--segments and --adapter: an adapter belongs to the whole base: give one of the two")
     if words[0] == "of":
@@ -47,13 +50,12 @@ def keep_asked(model: Any, source: Path, words: list[str], adapters: Sequence[st
 
 def _of_phases(model: Any, source: Path, names: list[str]) -> list[int]:
     """What a run began with, and what its growths in these phases have added."""
-    if not (layers := pattention_layers(model)):
-        raise ValueError(f"--segments of {' '.join(names)}: {source} is a baseline, which has no segments")
     growths = [] if is_exported(source) else read_header(source).get("growths", [])
+    growths = [growth for growth in growths if growth["init"] not in get_args(By)]  # `shrink` has added nothing
     phases = [growth.get("phase") for growth in growths]
     if not names or not set(names) <= set(phases):
         known = ", ".join(filter(None, dict.fromkeys(phases)))
         asked = f"--segments of {' '.join(names)}: give phases in which the checkpoint's run has grown"
         raise ValueError(f"{asked}: {known or 'none is on record'}")
-    first = max(len(layer.segments) for layer in layers.values()) - len(growths)
+    first = max(len(layer.segments) for layer in pattention_layers(model).values()) - len(growths)
     return [*range(first), *(first + i for i, phase in enumerate(phases) if phase in names)]

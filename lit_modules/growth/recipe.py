@@ -59,6 +59,8 @@ def rehearse(model: Any, stages: Sequence[Stage], recipe: Recipe, verify: bool =
                     if reason := why_not_exact(recipe.init, scale, layer.score_norm):
                         raise ValueError(f"{reason}; it can't be verified: set verify: false, or choose an exact kind")
                 if stage.lora is not None:
+                    if recipe.layers != "all":
+                        raise ValueError(f"layers={recipe.layers}: LoRA goes beside all projections: leave it out")
                     add_lora(model, stage.lora)
                 else:
                     planned = _planned(model, stage, recipe)
@@ -102,8 +104,8 @@ def grow_modules(
             )
     after = before | {name: before[name] + added for name, added in planned.items()}
     return {
-        "init": recipe.init,
-        "scale": recipe.scale,
+        "init": recipe.init if stage.adds_tokens else "",
+        "scale": recipe.scale if stage.adds_tokens else "",
         "train": recipe.train,
         "width": stage.width or 1,
         "lora": stage.lora or 0,

@@ -33,7 +33,7 @@ def match_structure(module: Any, saved: Mapping[str, Any], growths: list[dict[st
 
 def freeze(module: Any) -> None:
     """In a training freeze what `model.train` leaves out and, after a growth of `train: new`, what is older."""
-    in_training, grows = module._trainer is not None, bool(pattention_layers(module.model))
+    in_training, grows = module._trainer is not None, bool(pattention_layers(module.model) or module.growths)
     trained = trained_names(module.model, module.trained if in_training else "all")
     if in_training and module.growths:
         last = module.growths[-1]

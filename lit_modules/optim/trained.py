@@ -31,7 +31,7 @@ def trained_names(model: nn.Module, train: Train, what: str = "model.train") -> 
         matched = {name for name in names.values() if pattern == "all" or fnmatchcase(name, pattern)}
         if pattern == "head":
             matched = {names[p] for p in _classifier(model, what).parameters()}
-        if not matched and ".segments." not in pattern:  # which growth may bring
+        if not matched and ".segments." not in pattern and ".lora." not in pattern:  # which growth may bring
             near = get_close_matches(pattern, names.values(), n=3, cutoff=0)
             raise ValueError(
                 f"{what}={pattern!r}: no parameter has such a name; choose all, head or patterns of names such as "
@@ -66,7 +66,7 @@ def check_grown(model: nn.Module, before: set[str], train: Train) -> set[str]:
     """
     names = set(dict(model.named_parameters()))
     if names != before and not trained_names(model, train) & (names - before):
-        raise ValueError(f"model.train={train} freezes what growth adds: add '*.segments.[1-9]*'")
+        raise ValueError(f"model.train={train} freezes what growth adds: add '*.segments.[1-9]*', or '*.lora.*'")
     return names
 
 

@@ -210,6 +210,8 @@ class FSDP2(ModelParallelStrategy):
     def _match_structure(self, saved: dict[str, Any], checkpoint: dict[str, Any]) -> None:
         module: Any = self.lightning_module
         check_resume(checkpoint, module)
+        if any(record.get("lora") for record in checkpoint.get("growths", [])):
+            raise ValueError("the checkpoint's model has grown by LoRA, which FSDP2 can't divide: resume it with ddp")
         self.reshard()
         match_structure(module, saved, checkpoint.get("growths", []))
         self.shard_new_segments()

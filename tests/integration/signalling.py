@@ -23,9 +23,10 @@ class SignalAt(Callback):
 
 
 class Hold(Callback):
-    """The first process waits after an optimizer step, until it is told to stop; it says so by a file in its folder.
+    """The first process waits after an optimizer step, until it is told to stop.
 
-    The others go on, and wait for it in the middle of the next step. A run that is resumed does not wait.
+    The others go on, and wait for it in the middle of the next step. Each says by a file in the run's folder that it is
+    there. A run that is resumed does not wait.
     """
 
     def __init__(self, step: int) -> None:
@@ -35,9 +36,9 @@ class Hold(Callback):
         self.fresh = trainer.global_step == 0
 
     def on_train_batch_end(self, trainer, *_) -> None:
-        if self.fresh and trainer.is_global_zero and trainer.global_step == self.step:
-            Path(trainer.default_root_dir, "held").touch()
+        if self.fresh and trainer.global_step == self.step:
+            Path(trainer.default_root_dir, f"held-{trainer.global_rank}").touch()
             end = time.monotonic() + 120
-            while not signals.requested():
+            while trainer.is_global_zero and not signals.requested():
                 assert time.monotonic() < end, "nobody sent a signal"
                 time.sleep(0.05)

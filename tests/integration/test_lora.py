@@ -39,6 +39,16 @@ def test_updates_alone_are_trained_and_a_run_resumes(corpus, tmp_path, optimizer
         assert logged(resumed) == logged(tmp_path / "run", step)
 
 
+def test_a_resumed_run_may_train_all_of_it(corpus, tmp_path):
+    growth = {"train": "new", "schedule": "continue"}
+    options = [*OPTIONS[:1], "--trainer.limit_val_batches=0"]
+    main(fit(config_of(tmp_path, corpus, STAGES[:1], {"max_steps": 4}, **growth), tmp_path / "run", *options))
+    config = config_of(tmp_path, corpus, STAGES, {"max_steps": 8}, **growth | {"train": "all"})
+    main(fit(config, tmp_path / "more", *options, resume=checkpoint_of(tmp_path / "run", 4)))
+    before, after = (contents(tmp_path / run, step) for run, step in (("run", 4), ("more", 8)))
+    assert not any(torch.equal(before[name], after[name]) for name in before if name.startswith("model."))
+
+
 def test_export_and_a_new_start_have_them_merged(corpus, tmp_path):
     config = config_of(tmp_path, corpus, STAGES[:1], {"max_steps": 5}, train="new", schedule="continue")
     main(fit(config, tmp_path / "run", *OPTIONS))
@@ -46,8 +56,9 @@ def test_export_and_a_new_start_have_them_merged(corpus, tmp_path):
     main(["export", str(last), "--out", str(tmp_path / "model")])
     assert "LoRA of rank 3, merged" in (tmp_path / "model/README.md").read_text()
     expected = load_model(last)(IDS)
-    with pytest.raises(ValueError, match="--segments of wiki: .* is a baseline, which has no segments"):
-        main(["generate", str(last), "--prompt", "a", "--segments", "of", "wiki"])
+    for words in (["of", "wiki"], ["0"], ["first", "1"]):
+        with pytest.raises(ValueError, match=f"--segments {' '.join(words)}: .* is a baseline, which has no segments"):
+            main(["generate", str(last), "--prompt", "a", "--segments", *words])
     torch.testing.assert_close(from_pretrained(tmp_path / "model")(IDS), expected)
     torch.testing.assert_close(load_trained(last)(IDS), expected)
     start = [*OPTIONS, f"--model.init_from={last}", "--trainer.callbacks=[]", "--trainer.max_steps=1"]
@@ -64,6 +75,7 @@ def test_export_and_a_new_start_have_them_merged(corpus, tmp_path):
             OPTIONS,
             "give a factor, or some .* .for a baseline: width or lora",
         ),
+        ({"lora": 2}, [*OPTIONS[:1], "--trainer.callbacks.layers=[ffn]"], "layers=.'ffn'.: LoRA goes beside all"),
         ({"lora": 2}, [], "stage 1 .*lora: the model is no Transformer baseline"),
         ({"lora": 2}, [*OPTIONS, "--trainer.strategy=FSDP2"], "width, lora: a baseline can't grow in FSDP2; use ddp"),
     ],

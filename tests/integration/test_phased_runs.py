@@ -151,6 +151,13 @@ def test_a_resumed_run_may_have_other_phases_ahead(texts, tmp_path):
         keep_asked(model, last, ["of", *phases])
         assert [*model.backbone.blocks[0].ffn.segments] == kept
         assert [segment.num_tokens for segment in kept] == left
+    shrunk = torch.load(last, weights_only=True)
+    shrunk["growths"].append(shrunk["growths"][-1] | {"init": "use", "phase": None})  # the record of `shrink`
+    torch.save(shrunk, tmp_path / "shrunk.ckpt")
+    model = load_model(tmp_path / "shrunk.ckpt")
+    whole = [*model.backbone.blocks[0].ffn.segments]
+    keep_asked(model, tmp_path / "shrunk.ckpt", ["of", "more"])
+    assert [*model.backbone.blocks[0].ffn.segments] == [whole[0], whole[2]]
     for phases in (["words"], [], ["digits", "again"]):
         with pytest.raises(ValueError, match="give phases in which the checkpoint's run has grown: digits, more"):
             keep_asked(load_model(last), last, ["of", *phases])

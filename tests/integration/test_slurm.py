@@ -72,7 +72,8 @@ def test_two_nodes_equal_one_machine_and_a_preempted_job_an_undisturbed_one(clus
     assert yaml.safe_load((whole / "config.yaml").read_text())["trainer"]["num_nodes"] == 2
 
     second = submit(capsys, config, preempted, *request, *options, *hold(8))
-    wait_for(preempted / "held", preempted / "logs")
+    for rank in range(2):
+        wait_for(preempted / f"held-{rank}", preempted / "logs")
     cluster.run("scancel", "--signal=USR1", second)
     job = cluster.wait(second)
     log = (preempted / "logs/task-0.log").read_text()
@@ -96,7 +97,7 @@ def test_an_array_has_a_folder_and_a_seed_for_each_task_and_sigterm_ends_one(clu
     job = submit(capsys, config, tmp_path / "run", "--array", "0-1", "--", *saves, *hold(3))
     runs = [tmp_path / "run" / index for index in "01"]
     for run in runs:
-        wait_for(run / "held", run / "logs")
+        wait_for(run / "held-0", run / "logs")
     cluster.run("scancel", "--signal=TERM", f"{job}_0")
     ended = cluster.wait(f"{job}_0")
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "143:0")

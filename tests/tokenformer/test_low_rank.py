@@ -59,6 +59,22 @@ def test_what_is_added_is_b_a_x():
     assert not torch.equal(one.lora[0].down, other.lora[0].down)
 
 
+def test_a_state_dict_brings_its_own():
+    model = tiny()
+    states = [model.state_dict()]
+    for rank in (3, 2):
+        add_lora(model, rank)
+        states.append({name: tensor.clone() for name, tensor in trained(model).state_dict().items()})
+    outputs = []
+    for state in (*states[::-1], states[1]):  # fewer, then more
+        model.load_state_dict(state)
+        loaded = model.state_dict()
+        assert {name: tensor.shape for name, tensor in loaded.items()} == {n: t.shape for n, t in state.items()}
+        outputs.append(model(IDS))
+    assert torch.equal(outputs[1], outputs[3])
+    assert not torch.equal(outputs[0], outputs[1])
+
+
 def test_a_folder_has_them_merged_or_beside(tmp_path):
     model = tiny()
     add_lora(model, 3)
