@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tokenformer.backbone import Block, block_matrices
-from tokenformer.baseline import MLP
+from tokenformer.baseline import MLP, LowRank
 from tokenformer.language import TokenFormerLM
 from tokenformer.loss import BLOCK_LOGITS, BLOCK_ROWS
 from tokenformer.pattention import Pattention
@@ -180,7 +180,7 @@ def _block(block: Block, rotary: bool, T: int, wide: int, narrow: int, parts: in
     D, mixed, attention = block.attention_norm.normalized_shape[0], wide != narrow, block.attention
     kept = 2 * T * (D * wide + 8)  # the norms' inputs, means and deviations
     kept += T * ((5 if rotary else 4) * D * narrow + 4 * attention.num_heads)  # q, k, v, out (rotated: in two layouts)
-    widest = readers = 0
+    widest = readers = beside = 0
     at_work = 1  # T x N buffers that a backward pass makes
     for layer in (attention.query, attention.key, attention.value, block.ffn, attention.out):
         num_operators = 1
@@ -196,12 +196,22 @@ def _block(block: Block, rotary: bool, T: int, wide: int, narrow: int, parts: in
         elif isinstance(layer, MLP):
             widest = layer.up.out_features
             kept += 2 * T * widest * narrow + mixed * 2 * widest * D * narrow
+            num_operators += len(layer.up.lora)
+            # Each update has a gradient of the hidden units; by then what it keeps itself is given back.
+            beside = sum(widest - update.down.shape[0] for update in _updates(layer.down))
         elif isinstance(layer, nn.Linear):
             kept += mixed * D * D * narrow
+            num_operators += len(getattr(layer, "lora", ()))
         readers += 0 if layer is attention.out else num_operators
+    for update in _updates(block):
+        kept += T * update.down.shape[0] * narrow + mixed * (update.down.numel() + update.up.numel()) * narrow
     kept += readers * T * D * narrow if mixed else 2 * T * D * wide  # the norms' outputs; autocast: a copy per reader
-    working = at_work * T * widest * narrow
+    working = T * (at_work * widest + beside) * narrow
     return kept, working + T * D * (wide + (2 + mixed) * narrow) + 2 * widest * D * narrow
+
+
+def _updates(module: nn.Module) -> list[LowRank]:
+    return [update for update in module.modules() if isinstance(update, LowRank)]
 
 
 def _loss(model: TokenFormerLM, T: int, wide: int, narrow: int) -> int:
