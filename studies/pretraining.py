@@ -3,15 +3,17 @@
 task        bytes     of Python's standard library; nats a byte
             digits    scikit-learn's, 8 x 8 pixels; per cent of the validation images that are named wrong
             cifar     5,000 images of CIFAR-10 (all 50,000 where those do not lie beside the project); the same
-size        parameters, roughly: 0.3M has 4 blocks of 64 channels, 1M 4 of 128, 10M 6 of 320; D tokens a layer, 4 D in
-            the feed-forward ones
-model       tokenformer, or transformer: its twin of as many parameters
+size        parameters, roughly: 0.1M has 2 blocks of 48 channels, 0.3M 4 of 64, 1M 4 of 128, 3M 6 of 192, 10M 6 of
+            320; D tokens a layer, 4 D in the feed-forward ones
+model       tokenformer; transformer, its twin of as many parameters; or equal width, the twin of as many channels and
+            blocks, whose blocks have 12 D^2 parameters in place of 16 D^2
 dim         another number of channels D in heads of 32, with so many tokens that parameters stay: few wide, many narrow
 share       of all tokens, that of the projections: 0.5 unless it is said
 score_norm  l2_norm_gelu unless it is said; gelu_l2_norm, softmax (exp, then L1) or l1_norm_gelu (the sum of |score|)
 norms       LayerNorms inside blocks: without weight and bias unless it is said; bias, or affine (both)
 
-`cpu_seconds` are those of all threads of a training, with its data, validation left out.
+TFLOP are those of the training's matrix products. `cpu_seconds` in the results are those of all its threads, with its
+data, validation left out.
 """
 
 import time
@@ -36,7 +38,8 @@ IMAGES: dict[str, dict[str, Any]] = {
     "cifar": {"source": str(CIFAR) if CIFAR.exists() else "hf:uoft-cs/cifar10", "image_size": 32, "crop": "padded"},
 }
 PATCH_SIZE = {"digits": 2, "cifar": 4}
-SIZES = {"0.3M": (4, 64, 4), "1M": (4, 128, 4), "10M": (6, 320, 5)}
+SIZES = {"0.1M": (2, 48, 3), "0.3M": (4, 64, 4), "1M": (4, 128, 4), "3M": (6, 192, 6), "10M": (6, 320, 5)}
+BASELINES = {"transformer": "parameters", "equal width": "width"}
 
 
 def run(
@@ -55,17 +58,18 @@ def run(
     """Train one model; the figures of its row."""
     torch.manual_seed(seed)
     shape = shape_of(size, dim, share) | {"norm_affine": bool(norms)}
-    shape |= {"baseline": "parameters"} if model == "transformer" else {}
+    shape |= {"baseline": BASELINES[model]} if model in BASELINES else {}
     shape |= {"score_norm": score_norm} if score_norm != "l1_norm_gelu" else {}
     if task == "bytes":
         data: Any = text(SEQ_LEN, BATCH_SIZE[task], seed)
         net: Any = TokenFormerLM(LMConfig(vocab_size=data.vocab_size, max_seq_len=SEQ_LEN, **shape))
-        loss_of = net.loss
+        loss_of, flops = net.loss, SEQ_LEN * net.flops_per_token(SEQ_LEN)
     else:
         images = {"crop_pct": 1.0, "batch_size": BATCH_SIZE[task], "num_workers": 0, "seed": seed}
         data = ready(ImageDataModule(**IMAGES[task], **images))
         shape |= {"image_size": data.image_size, "patch_size": PATCH_SIZE[task], "num_classes": len(data.class_names)}
         net = TokenFormerViT(ViTConfig(pool="avg", position="learned", **shape))
+        flops = net.flops_per_image()
 
         def loss_of(images: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(net(images), labels, label_smoothing=0.1)
@@ -82,7 +86,8 @@ def run(
     net.eval()
     loss = validation_loss(net, text(SEQ_LEN, BATCH_SIZE[task], 0)) if task == "bytes" else error_rate(net, data)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    return {"params": trained, "loss": loss, "cpu_seconds": round(seconds)}
+    flops *= 3 * BATCH_SIZE[task] * scaled(steps)
+    return {"params": trained, "flops": flops, "loss": loss, "cpu_seconds": round(seconds)}
 
 
 def shape_of(size: str, dim: int | str = "", share: float | str = "") -> dict[str, Any]:

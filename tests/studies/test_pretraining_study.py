@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from studies import pretraining
-from studies.pretraining import CIFAR, l1_norm_gelu, run, shape_of
+from studies.pretraining import BASELINES, CIFAR, l1_norm_gelu, run, shape_of
 from tokenformer.pattention import Pattention
 
 
@@ -41,6 +41,16 @@ def test_parameters_stay_where_width_and_share_differ():
         found, shape = params(share=share)
         assert found == base
         assert (shape["qkv_tokens"], shape["ffn_tokens"]) == counts
+
+
+def test_a_twin_of_equal_width_has_three_quarters_of_the_parameters_of_blocks(monkeypatch):
+    monkeypatch.setattr(pretraining, "SIZES", {"tiny": (1, 64, 2)})
+    rows = {name: run("bytes", "tiny", name, "adamw", 21, 1e-3, 0) for name in ("tokenformer", *BASELINES)}
+    params, flops = ({name: row[what] for name, row in rows.items()} for what in ("params", "flops"))
+    assert params["tokenformer"] - params["equal width"] == 4 * 64 * 64 + 5  # one tau for each layer
+    assert params["tokenformer"] == pytest.approx(params["transformer"], rel=0.01)
+    tokens = 21 * 12 * 128
+    assert flops["tokenformer"] - flops["equal width"] == 6 * tokens * 4 * 64 * 64
 
 
 def test_norms_are_those_that_are_said(monkeypatch):
