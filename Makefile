@@ -7,10 +7,10 @@ CONFIG := configs/language/quickstart.yaml
 # Tests on all cores, a file in one process; the first files are those that take long.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup quickstart quickstart-vision test test-quick lint types bench bench-check clean
+.PHONY: help setup quickstart quickstart-vision test test-quick study-smoke lint types bench bench-check clean
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "also: make lint | types | bench | bench-check | clean"
+	@echo "also: make study-smoke | lint | types | bench | bench-check | clean"
 
 setup: .venv/done
 .venv/done: pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ test: setup
 
 test-quick: setup
 	$(PYTEST) --ignore tests/integration --ignore tests/benchmarks -k 'not importing and not in_the_interpreter'
+
+# Each cell of all studies with a few steps.
+study-smoke: setup
+	$(BIN)/python -m studies smoke
 
 lint: setup
 	$(BIN)/ruff check .
