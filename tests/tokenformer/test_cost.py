@@ -115,7 +115,7 @@ def test_activations_are_those_of_a_step(name, precision, checkpointing):
     config, growths = MODELS[name]
     model = build(config, precision, checkpointing, growths)
     tolerance = 0.07 if checkpointing else 0.03
-    if name.startswith("transformer") and checkpointing and precision == "32-true":
+    if name == "transformer" and checkpointing and precision == "32-true":
         tolerance = 0.12  # when its feed-forward layer needs its largest buffer, it has given another back
     expected = pytest.approx(measured_activations(model, precision), rel=tolerance)
     assert activation_bytes(model, B * T, precision) == expected
