@@ -45,6 +45,7 @@ ORDER = (
     ("correctness", ""),
     ("operator", "N 3072, bfloat16"),
     ("operator", "N 576, bfloat16"),
+    ("operator", "N 2140, bfloat16"),
     ("operator", "N 34480, bfloat16"),
     ("memory", "bfloat16"),
     ("training", "124M"),

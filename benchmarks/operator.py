@@ -24,10 +24,18 @@ from benchmarks.harness import Case, Measured, benchmark, round_ratios, time_in_
 from tokenformer import pattention
 from tokenformer.operator import attend, default_tau
 
-# T, D, N: feed-forward layers of the published 150M, 450M and 1.5B, and the smallest and largest layer that grew.
+# T, D, N: feed-forward layers of the published 150M, 450M and 1.5B, the smallest and largest layer that grew, and the
+# projections of the published 354M, whose N is no multiple of 8.
 SHAPES = {
     "cpu": [(4096, 768, 576), (4096, 768, 3072), (2048, 1024, 4096), (2048, 1536, 6144), (1024, 768, 34480)],
-    "cuda": [(32768, 768, 576), (32768, 768, 3072), (32768, 1024, 4096), (32768, 1536, 6144), (16384, 768, 34480)],
+    "cuda": [
+        (32768, 768, 576),
+        (32768, 768, 3072),
+        (32768, 1024, 4096),
+        (32768, 1536, 6144),
+        (16384, 768, 34480),
+        (16384, 768, 2140),
+    ],
 }
 # Steps between two looks at the clock: a GPU's are short beside a launch.
 REPEATS = {"cpu": 1, "cuda": 20}

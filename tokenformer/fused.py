@@ -47,7 +47,7 @@ def attend_l2_norm_gelu(
     """
     if norm_tokens is None:
         norm_tokens = sum(len(segment) for segment in keys)
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if _exporting():
         return _plain(x, joined(keys), joined(values), tau, norm_tokens)
     x_TD = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling() and not _as_op(group):  # writing to columns of a buffer would break its graph
@@ -63,6 +63,11 @@ def attend_l2_norm_gelu(
     else:
         out_TD = _forward_or_op(group, x_TD, tau, keys, values, norm_tokens)[0]
     return out_TD.view(*x.shape[:-1], out_TD.shape[-1])
+
+
+def _exporting() -> bool:
+    """Whether a file is being written. (`torch.compiler.is_exporting()` is true in all that torch 2.11 compiles.)"""
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _plain(x: Tensor, keys: Tensor, values: Tensor, tau: Tensor, norm_tokens: int) -> Tensor:

@@ -20,7 +20,7 @@ IGNORE = -100  # a target that does not count
 # Logits of one block: 128 MiB in float32. And its rows: their gradients must not add up past float16's range.
 BLOCK_LOGITS, BLOCK_ROWS = 2**25, 2**13
 # On a GPU there is nothing but the logits themselves, and each block costs a pass over the gradient of the weights.
-KERNEL_BLOCK_LOGITS = 2**27
+KERNEL_BLOCK_LOGITS = 2**28
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
