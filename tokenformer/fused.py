@@ -66,7 +66,7 @@ def attend_l2_norm_gelu(
 
 
 def _exporting() -> bool:
-    """Whether a file is being written. (`torch.compiler.is_exporting()` is true in all that torch 2.11 compiles.)"""
+    """Whether a file is being written; `torch.compiler.is_exporting()` is true in all that torch 2.11 compiles."""
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
