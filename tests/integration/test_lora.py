@@ -8,6 +8,7 @@ import torch
 from lit_modules.cli import main
 from lit_modules.modules.loading import load_model
 from tests.integration.growing import checkpoint_of, config_of, contents, difference, fit, logged
+from tests.integration.processes import run_in_processes
 from tokenformer import from_pretrained
 from tokenformer.interop import load_trained
 
@@ -37,6 +38,17 @@ def test_updates_alone_are_trained_and_a_run_resumes(corpus, tmp_path, optimizer
         main(fit(config, resumed, *options, resume=checkpoint_of(tmp_path / "run", step)))
         assert difference(tmp_path / "run", resumed, 8) == 0
         assert logged(resumed) == logged(tmp_path / "run", step)
+
+
+def test_two_processes_equal_one_and_resume(corpus, tmp_path):
+    config = config_of(tmp_path, corpus, STAGES, {"max_steps": 8}, train="new", schedule="continue")
+    options = [*OPTIONS, "--trainer.precision=64-true", "--trainer.limit_val_batches=0"]
+    main(fit(config, tmp_path / "one", *options, "--data.batch_size=4"))
+    options += ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=2"]
+    run, resumed = tmp_path / "two", tmp_path / "from-4"
+    run_in_processes([fit(config, run, *options), fit(config, resumed, *options, resume=checkpoint_of(run, 4))])
+    assert difference(tmp_path / "one", run, 8) < 1e-9
+    assert difference(run, resumed, 8) == 0
 
 
 def test_a_resumed_run_may_train_all_of_it(corpus, tmp_path):
