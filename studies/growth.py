@@ -141,14 +141,11 @@ def add_tokens(model: TokenFormerLM, kind: str, keys: Keys | str, factor: int, s
         grow_layers(model, planned, init=kind, seed=seed)  # type: ignore[arg-type]
         return []
     old_keys = {name: layer.segments[0].keys.clone() for name, layer in pattention_layers(model).items()}
-    with measuring_scores(model) as sums:
-        batch = next(iter(text(SEQ_LEN, BATCH_SIZE, seed).train_dataloader()))
-        model.loss(*(part.to(DEVICE) for part in batch))
-    stds = matched_key_stds(model, sums)
+    stds = matched(model, seed)
     for name, layer in pattention_layers(model).items():
         rms = float(old_keys[name].square().mean().sqrt())
-        matched = dict.fromkeys(("matched", "channels", ""), stds[name])
-        stds[name] = (matched | {"key_std": layer.key_std, "rms": rms, "2 rms": 2 * rms})[keys]
+        others = {"key_std": layer.key_std, "rms": rms, "2 rms": 2 * rms}
+        stds[name] = others.get(keys, stds[name])
     grow_layers(model, planned, init="anchored", seed=seed, key_stds=stds)
     gates = []
     for name, layer in pattention_layers(model).items():
@@ -166,6 +163,15 @@ def add_tokens(model: TokenFormerLM, kind: str, keys: Keys | str, factor: int, s
         if kind == "gate":
             gates.append(Gate(layer))
     return gates
+
+
+@torch.no_grad()
+def matched(model: TokenFormerLM, seed: int) -> dict[str, float]:
+    """Deviations of new keys that have scores like the old ones on a batch."""
+    with measuring_scores(model) as sums:
+        batch = next(iter(text(SEQ_LEN, BATCH_SIZE, seed).train_dataloader()))
+        model.loss(*(part.to(DEVICE) for part in batch))
+    return matched_key_stds(model, sums)
 
 
 class Gate:

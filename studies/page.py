@@ -1,6 +1,7 @@
-"""docs/study.md, from the results alone: a table for each study, a line a cell."""
+"""docs/study.md, from the results alone: what became of the paper's claims, then a table for each study."""
 
 import importlib
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,18 +11,59 @@ from studies.runner import FOLDER, ROOT, Row, Settings, Study
 PAGE = ROOT / "docs/study.md"
 HEAD = """# Studies
 
-Each line is a cell of a study at its own best learning rate, but for the kind `base`, whose rate is given: the search \
-began in the middle of a grid in steps of two \
-and ended when a rate was better than its neighbours, with seed 0; then the other seeds were run at it. Mean of the \
-seeds, and each of them in their order. What follows from it is in [the log](log.md).
+What the paper claims (arXiv 2410.23168), and what small models show of it. Ours: mean of three seeds at the best \
+rate, lowest to highest.
+
+"""
+BELOW = """
+Each line below is a cell of a study at its own best learning rate, but for the kind `base`, whose rate is given: the \
+search began in the middle of a grid in steps of two and ended when a rate was better than its neighbours, with seed 0; \
+then the other seeds were run at it. Mean of the seeds, and each of them in their order. What follows from it is in [the log](log.md).
 
 Made by `python -m studies page` from studies/results; `python -m studies NAME` measures, or goes on measuring.
 """
+VERDICTS = ("held", "held in part", "not held", "can't be said here")
 
 
 def page() -> str:
     """The whole page."""
-    return HEAD + "".join(section(Study(path.stem)) for path in sorted(FOLDER.glob("*.yaml")))
+    studies = [Study(path.stem) for path in sorted(FOLDER.glob("*.yaml"))]
+    return HEAD + claims(studies) + BELOW + "".join(map(section, studies))
+
+
+def claims(studies: Sequence[Study]) -> str:
+    """A line for each claim of the paper: its number, ours, and the verdict."""
+    lines = ["| paper | claim | its number | ours | verdict | command |", "|---|---|---|---|---|---|"]
+    found = [(claim, study) for study in studies for claim in study.claims]
+    for claim, study in sorted(found, key=lambda pair: in_order(pair[0]["where"])):
+        ours = {name: short(study, cell) for name, cell in claim["ours"].items()}
+        said = "; ".join(f"{name} {figure}" for name, figure in ours.items()) if all(ours.values()) else "not run yet"
+        cells = (
+            claim["where"],
+            claim["claim"],
+            claim["paper"],
+            said,
+            claim.get("verdict", ""),
+            f"`python -m studies {study.name}`",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def in_order(place: str) -> list[tuple[bool, int, str]]:
+    """Figure 3 before figure 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", place)]
+
+
+def short(study: Study, some: Settings) -> str:
+    """A figure of the cell with these settings and fewest others, its loss unless `figure` names one; "" if not run."""
+    wanted = {name: value for name, value in some.items() if name != "figure"}
+    cell, *others = sorted((cell for cell in study.cells if wanted.items() <= cell.items()), key=len)
+    if others and len(others[0]) == len(cell):
+        raise ValueError(f"{study.name}: {wanted} are settings of several cells")
+    rows = study.best(**{name: cell.get(name, "") for name in study.columns if name not in ("lr", "seed")})
+    found = [float(row[some.get("figure", "loss")]) for row in rows]
+    return f"{statistics.mean(found):.3f} ({min(found):.3f}-{max(found):.3f})" if found else ""
 
 
 def section(study: Study) -> str:

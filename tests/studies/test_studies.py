@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from studies.growth import SIZES, add_tokens, build
-from studies.page import PAGE, page, section
+from studies.page import PAGE, VERDICTS, claims, page, section, short
 from studies.runner import FOLDER, Study, expand, search
 from studies.training import train
 from tokenformer.growth import pattention_layers
@@ -132,6 +132,30 @@ def test_a_training_leaves_the_state_that_it_begins_with():
 
 def test_the_page_is_made_of_the_results():
     assert PAGE.read_text() == page(), "run: python -m studies page"
+
+
+def test_claims_have_a_verdict_once_their_cells_are_measured():
+    for path in FOLDER.glob("*.yaml"):
+        study = Study(path.stem)
+        for claim in study.claims:
+            figures = [short(study, cell) for cell in claim["ours"].values()]
+            assert claim.get("verdict") in (VERDICTS if all(figures) else [None]), claim
+
+
+def test_a_claim_shows_the_cells_that_it_names(study, tmp_path):
+    made, _ = study()
+    made.claims = [
+        {"where": "table 10", "claim": "a < b", "paper": "2", "ours": {"A": {"kind": "a"}}, "verdict": "held"},
+        {"where": "table 9", "claim": "c", "paper": "3", "ours": {"A": {"kind": "a", "figure": "params"}}},
+    ]
+    assert claims([made]).splitlines()[2:] == [
+        "| table 9 | c | 3 | A 10.000 (10.000-10.000) |  | `python -m studies toy` |",
+        "| table 10 | a < b | 2 | A 1.000 (0.000-2.000) | held | `python -m studies toy` |",
+    ]
+    made.rows = []
+    assert "| not run yet | held |" in claims([made])
+    with pytest.raises(ValueError, match="toy: {} are settings of several cells"):
+        short(made, {})
 
 
 def test_the_page_has_a_line_for_each_cell(study):
