@@ -17,8 +17,9 @@ rate, lowest to highest.
 """
 BELOW = """
 Each line below is a cell of a study at its own best learning rate, but for the kind `base`, whose rate is given: the \
-search began in the middle of a grid in steps of two and ended when a rate was better than its neighbours, with seed 0; \
-then the other seeds were run at it. Mean of the seeds, and each of them in their order. What follows from it is in [the log](log.md).
+search began in the middle of a grid in steps of two and ended when a rate was better than its neighbours, with seed \
+0; then the other seeds were run at it. Mean of the seeds, and each of them in their order. What follows from it is in \
+[the log](log.md).
 
 Made by `python -m studies page` from studies/results; `python -m studies NAME` measures, or goes on measuring.
 """
