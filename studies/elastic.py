@@ -25,13 +25,12 @@ from statistics import mean, median
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from lit_modules.callbacks import ElasticTokens
 from lit_modules.commands.inspect_inputs import Batch
 from lit_modules.commands.shrink import rank
-from studies.training import DEVICE, scaled, text, train, validation_loss, widened
+from studies.training import DEVICE, once, scaled, text, train, validation_loss, widened
 from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.elastic import elastic_layers, first, shrunk, use_first
 from tokenformer.pruning import keep_tokens
@@ -99,13 +98,8 @@ def trained_once(model: str, lr: float, seed: int, go: Any) -> TokenFormerLM:
     """The whole model, trained by whoever needs it first."""
     sizes = "-".join(map(str, (*SIZES.values(), *TOKENS.values())))
     path = WHOLE / f"{model}-{sizes}-{lr:g}-{STEPS}x{BATCH_SIZE}x{SEQ_LEN}-{seed}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
     net = build(model, seed)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            torch.save(go(net).state_dict(), path.with_suffix(".part"))
-            path.with_suffix(".part").rename(path)
-    net.load_state_dict(torch.load(path, DEVICE, weights_only=True))
+    net.load_state_dict(once(path, lambda: go(net).state_dict()))
     return net.eval()
 
 

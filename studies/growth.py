@@ -29,10 +29,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
-from studies.training import DEVICE, scaled, text, train, validation_loss, widened
+from studies.training import DEVICE, once, scaled, text, train, validation_loss, widened
 from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.growth import grow_layers, pattention_layers, plan_growth
 from tokenformer.matched_keys import matched_key_stds, measuring_scores
@@ -64,16 +63,14 @@ def base(size: str, optimizer: str, seed: int) -> dict[str, Any]:
     """Weights and optimizer state of the base, trained once by whoever needs it first."""
     sizes = "-".join(map(str, SIZES[size].values()))
     trained = f"{optimizer}-{BASE_RATES[optimizer]:g}-{BASE_STEPS[size]}x{BATCH_SIZE}x{SEQ_LEN}"
-    path = BASES / f"{sizes}-{trained}-{seed}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            model = build(size, seed)
-            data = text(SEQ_LEN, BATCH_SIZE, seed)
-            state = train(model, data, model.loss, optimizer, BASE_RATES[optimizer], BASE_STEPS[size])
-            torch.save({"model": model.state_dict(), "optimizer": state}, path.with_suffix(".part"))
-            path.with_suffix(".part").rename(path)
-    return torch.load(path, DEVICE, weights_only=True)  # type: ignore[no-any-return]
+
+    def make() -> dict[str, Any]:
+        model = build(size, seed)
+        data = text(SEQ_LEN, BATCH_SIZE, seed)
+        state = train(model, data, model.loss, optimizer, BASE_RATES[optimizer], BASE_STEPS[size])
+        return {"model": model.state_dict(), "optimizer": state}
+
+    return once(BASES / f"{sizes}-{trained}-{seed}.pt", make)  # type: ignore[no-any-return]
 
 
 def run(

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from datamodules.loader import StreamDataModule
@@ -36,6 +38,16 @@ def widened(size: int) -> int:
 def text(seq_len: int, batch_size: int, seed: int) -> TextDataModule:
     """Bytes of Python's standard library, in the order of a seed."""
     return ready(TextDataModule(seq_len=seq_len, batch_size=batch_size, seed=seed))
+
+
+def once(path: Path, make: Callable[[], Any]) -> Any:
+    """What `make` returns, tensors, from a file that the first of several processes writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            torch.save(make(), path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
+    return torch.load(path, DEVICE, weights_only=True)
 
 
 def ready(data: Any) -> Any:
