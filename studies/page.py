@@ -103,10 +103,11 @@ def _mean(column: str) -> Callable[[list[Row]], str]:
     return lambda rows: f"{statistics.mean(float(row[column]) for row in rows):.3f}"
 
 
+FIGURES = ("learned", "forgotten", "at x3", "norm", "spread", "unused", "largest rate")
 # What a line says beside the loss, where the rows have such a column: how far growth moved the loss, training FLOPs.
 OTHERS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "jump": ("after", _jump),
-    **{name: (name, _mean(name)) for name in ("learned", "forgotten")},
+    **{name: (name, _mean(name)) for name in FIGURES},
     **{f"at {share}": (f"at {share}", _mean(f"at {share}")) for share in ("1", "0.9", "0.7", "0.5", "0.25")},
     "parameters": ("params", lambda rows: f"{int(rows[0]['params']):,}"),
     "TFLOP": ("flops", lambda rows: f"{float(rows[0]['flops']) / 1e12:.2f}"),

@@ -69,8 +69,10 @@ def train(
     state: dict[str, Any] | None = None,
     before_step: Callable[[int], None] = lambda step: None,
     precision: torch.dtype = torch.float32,
+    clip: float = 1.0,
+    on_gradients: Callable[[Tensor], None] = lambda norm: None,
 ) -> dict[str, Any]:
-    """Warm-up over a tenth of the steps, cosine to a tenth of the rate, gradients clipped to 1; returns the optimizer's
+    """Warm-up over a tenth of the steps, cosine to a tenth of the rate, gradients clipped; returns the optimizer's
     state.
 
     Args:
@@ -84,6 +86,8 @@ def train(
         state: of the optimizer that trained the model so far; of new parameters it knows nothing. None: afresh.
         before_step: called with the number of each step before it.
         precision: of matrix products, by autocast.
+        clip: the largest norm of all gradients.
+        on_gradients: called with their norm before they are clipped, of each step.
     """  # noqa: D205
     config = OptimConfig(name=optimizer_name, lr=lr, warmup_steps=max(1, steps // 10))  # type: ignore[arg-type]
     muon = block_matrices(model) if optimizer_name == "muon" else None
@@ -100,7 +104,7 @@ def train(
         with torch.autocast(DEVICE, precision, enabled=precision != torch.float32):
             loss = loss_of(*(part.to(DEVICE) for part in batch))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        on_gradients(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
