@@ -31,10 +31,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from studies.training import DEVICE, once, scaled, text, train, validation_loss, widened
+from studies.training import DEVICE, matched_stds, once, scaled, text, train, validation_loss, widened
 from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.growth import grow_layers, pattention_layers, plan_growth
-from tokenformer.matched_keys import matched_key_stds, measuring_scores
 from tokenformer.pattention import Pattention
 
 SEQ_LEN, BATCH_SIZE = 96, 12
@@ -138,7 +137,7 @@ def add_tokens(model: TokenFormerLM, kind: str, keys: Keys | str, factor: int, s
         grow_layers(model, planned, init=kind, seed=seed)  # type: ignore[arg-type]
         return []
     old_keys = {name: layer.segments[0].keys.clone() for name, layer in pattention_layers(model).items()}
-    stds = matched(model, seed)
+    stds = matched_stds(model, text(SEQ_LEN, BATCH_SIZE, seed), model.loss)
     for name, layer in pattention_layers(model).items():
         rms = float(old_keys[name].square().mean().sqrt())
         others = {"key_std": layer.key_std, "rms": rms, "2 rms": 2 * rms}
@@ -160,15 +159,6 @@ def add_tokens(model: TokenFormerLM, kind: str, keys: Keys | str, factor: int, s
         if kind == "gate":
             gates.append(Gate(layer))
     return gates
-
-
-@torch.no_grad()
-def matched(model: TokenFormerLM, seed: int) -> dict[str, float]:
-    """Deviations of new keys that have scores like the old ones on a batch."""
-    with measuring_scores(model) as sums:
-        batch = next(iter(text(SEQ_LEN, BATCH_SIZE, seed).train_dataloader()))
-        model.loss(*(part.to(DEVICE) for part in batch))
-    return matched_key_stds(model, sums)
 
 
 class Gate:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from studies.fit import table
 from studies.runner import FOLDER, ROOT, Row, Settings, Study
 
 PAGE = ROOT / "docs/study.md"
@@ -64,6 +65,8 @@ def short(study: Study, some: Settings) -> str:
         raise ValueError(f"{study.name}: {wanted} are settings of several cells")
     rows = study.best(**{name: cell.get(name, "") for name in study.columns if name not in ("lr", "seed")})
     found = [float(row[some.get("figure", "loss")]) for row in rows]
+    if found and min(found) > 1e6:
+        return f"{statistics.mean(found) / 1e12:.1f} T"
     return f"{statistics.mean(found):.3f} ({min(found):.3f}-{max(found):.3f})" if found else ""
 
 
@@ -80,7 +83,12 @@ def section(study: Study) -> str:
     ]
     about = (importlib.import_module(study.module).__doc__ or "").strip()
     text = f"```text\n{about}\n```\n\n" if about else ""
-    return f"\n## {study.name}: {study.question}\n\n{text}" + "\n".join(lines) + "\n"
+    return (
+        f"\n## {study.name}: {study.question}\n\n{text}"
+        + "\n".join(lines)
+        + "\n"
+        + (table(study) if study.laws else "")
+    )
 
 
 def figures(study: Study, cell: Settings, others: Sequence[str]) -> list[str]:

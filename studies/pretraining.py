@@ -5,11 +5,14 @@ task        bytes     of Python's standard library; nats a byte
             cifar     5,000 images of CIFAR-10 (all 50,000 where those do not lie beside the project); the same
 size        parameters, roughly: 0.1M has 2 blocks of 48 channels, 0.3M 4 of 64, 1M 4 of 128, 3M 6 of 192, 10M 6 of
             320; D tokens a layer, 4 D in the feed-forward ones
-model       tokenformer; transformer, its twin of as many parameters; or equal width, the twin of as many channels and
-            blocks, whose blocks have 12 D^2 parameters in place of 16 D^2
+model       tokenformer; transformer, its twin of as many parameters; equal width, the twin of as many channels and
+            blocks, whose blocks have 12 D^2 parameters in place of 16 D^2; or grown, the TokenFormer that has half of
+            its tokens in the first half of the steps, then all (anchored, the optimizer's state kept, a new schedule)
 dim         another number of channels D in heads of 32, with so many tokens that parameters stay: few wide, many narrow
 share       of all tokens, that of the projections: 0.5 unless it is said
 score_norm  l2_norm_gelu unless it is said; gelu_l2_norm, softmax (exp, then L1) or l1_norm_gelu (the sum of |score|)
+augment     images: published, RandAugment, mixup and CutMix as for ImageNet; else flips and crops
+seq_len     bytes of a sequence, 4,096 in a step; else 12 sequences of 128
 norms       LayerNorms inside blocks: without weight and bias unless it is said; bias, or affine (both)
 
 TFLOP are those of the training's matrix products. `cpu_seconds` in the results are those of all its threads, with its
@@ -25,9 +28,9 @@ from torch.nn import functional as F
 
 from datamodules.images import ImageDataModule
 from studies.runner import ROOT
-from studies.training import DEVICE, ready, scaled, text, train, validation_loss, widened
+from studies.training import DEVICE, matched_stds, ready, scaled, text, train, validation_loss, widened
 from tokenformer import LMConfig, TokenFormerLM, TokenFormerViT, ViTConfig
-from tokenformer.growth import pattention_layers
+from tokenformer.growth import grow_layers, pattention_layers, plan_growth
 from tokenformer.pattention import Pattention
 
 BATCH_SIZE = {"bytes": 12, "digits": 64, "cifar": 64}
@@ -39,6 +42,8 @@ IMAGES: dict[str, dict[str, Any]] = {
 }
 PATCH_SIZE = {"digits": 2, "cifar": 4}
 SIZES = {"0.1M": (2, 48, 3), "0.3M": (4, 64, 4), "1M": (4, 128, 4), "3M": (6, 192, 6), "10M": (6, 320, 5)}
+PUBLISHED = {"rand_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0}  # configs/vision/imagenet-base.yaml
+TOKENS = 4096  # of a step, where seq_len is given
 BASELINES = {"transformer": "parameters", "equal width": "width"}
 
 
@@ -54,22 +59,24 @@ def run(
     share: float | str = "",
     score_norm: str = "l2_norm_gelu",
     norms: str = "",
+    augment: str = "",
+    seq_len: int | str = "",
 ) -> dict[str, Any]:
     """Train one model; the figures of its row."""
     torch.manual_seed(seed)
-    shape = shape_of(size, dim, share) | {"norm_affine": bool(norms)}
+    shape = shape_of(size, dim, share, 0.5 if model == "grown" else 1.0) | {"norm_affine": bool(norms)}
     shape |= {"baseline": BASELINES[model]} if model in BASELINES else {}
     shape |= {"score_norm": score_norm} if score_norm != "l1_norm_gelu" else {}
+    length, batch_size = int(seq_len or SEQ_LEN), TOKENS // int(seq_len) if seq_len else BATCH_SIZE[task]
     if task == "bytes":
-        data: Any = text(SEQ_LEN, BATCH_SIZE[task], seed)
-        net: Any = TokenFormerLM(LMConfig(vocab_size=data.vocab_size, max_seq_len=SEQ_LEN, **shape))
-        loss_of, flops = net.loss, SEQ_LEN * net.flops_per_token(SEQ_LEN)
+        data: Any = text(length, batch_size, seed)
+        net: Any = TokenFormerLM(LMConfig(vocab_size=data.vocab_size, max_seq_len=length, **shape))
+        loss_of = net.loss
     else:
-        images = {"crop_pct": 1.0, "batch_size": BATCH_SIZE[task], "num_workers": 0, "seed": seed}
-        data = ready(ImageDataModule(**IMAGES[task], **images))
+        images = {"crop_pct": 1.0, "batch_size": batch_size, "num_workers": 0, "seed": seed}
+        data = ready(ImageDataModule(**IMAGES[task], **images, **(PUBLISHED if augment else {})))
         shape |= {"image_size": data.image_size, "patch_size": PATCH_SIZE[task], "num_classes": len(data.class_names)}
         net = TokenFormerViT(ViTConfig(pool="avg", position="learned", **shape))
-        flops = net.flops_per_image()
 
         def loss_of(images: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(net(images), labels, label_smoothing=0.1)
@@ -80,22 +87,34 @@ def run(
     if score_norm == "l1_norm_gelu":
         for layer in pattention_layers(net).values():
             layer.forward = lambda x, layer=layer: l1_norm_gelu(layer, x)  # type: ignore[method-assign]
-    start = time.process_time()
-    train(net.to(DEVICE), data, loss_of, optimizer, lr, scaled(steps))
+
+    def step_flops() -> int:
+        sample = length * net.flops_per_token(length) if task == "bytes" else net.flops_per_image()
+        return 3 * batch_size * int(sample)
+
+    start, done, flops, state = time.process_time(), 0, 0, None
+    net.to(DEVICE)
+    if model == "grown":
+        done = scaled(steps) // 2
+        state, flops = train(net, data, loss_of, optimizer, lr, done), done * step_flops()
+        stds = matched_stds(net, data, loss_of)
+        grow_layers(net, plan_growth(net, {}, factor=2), init="anchored", seed=seed, key_stds=stds)
+    train(net, data, loss_of, optimizer, lr, scaled(steps) - done, skip=done, state=state)
+    flops += (scaled(steps) - done) * step_flops()
     seconds = time.process_time() - start
     net.eval()
-    loss = validation_loss(net, text(SEQ_LEN, BATCH_SIZE[task], 0)) if task == "bytes" else error_rate(net, data)
+    loss = validation_loss(net, text(length, batch_size, 0)) if task == "bytes" else error_rate(net, data)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    flops *= 3 * BATCH_SIZE[task] * scaled(steps)
     return {"params": trained, "flops": flops, "loss": loss, "cpu_seconds": round(seconds)}
 
 
-def shape_of(size: str, dim: int | str = "", share: float | str = "") -> dict[str, Any]:
-    """The fields of a config that say how large a model is."""
+def shape_of(size: str, dim: int | str = "", share: float | str = "", part: float = 1.0) -> dict[str, Any]:
+    """The fields of a config that say how large a model is, or one with a part of its tokens."""
     depth, width, heads = SIZES[size][0], *map(widened, SIZES[size][1:])
     tokens, projections = 8 * width, float(share or 0.5)  # of the five layers of a block together
     if dim:
         tokens, width, heads = tokens * width // widened(int(dim)), widened(int(dim)), widened(int(dim)) // 32
+    tokens = round(tokens * part)
     each = round(projections * tokens / 4)
     counts = {"qkv_tokens": each, "proj_tokens": each, "ffn_tokens": tokens - 4 * each}
     return {"depth": depth, "dim": width, "num_heads": heads, "init": "scaled", "scale": "learned", **counts}

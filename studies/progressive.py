@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from studies.growth import BASE_STEPS, BATCH_SIZE, SEQ_LEN, base, build, matched, step_flops
-from studies.training import text, train, validation_loss
+from studies.growth import BASE_STEPS, BATCH_SIZE, SEQ_LEN, base, build, step_flops
+from studies.training import matched_stds, text, train, validation_loss
 from tokenformer import TokenFormerLM
 from tokenformer.growth import grow_layers, plan_growth
 
@@ -65,5 +65,5 @@ def run(
 def add_tokens(model: TokenFormerLM, method: str, factor: float, seed: int) -> None:
     """Grow all layers."""
     planned = plan_growth(model, {}, factor=factor)
-    stds = matched(model, seed) if method == "anchored" else None
+    stds = matched_stds(model, text(SEQ_LEN, BATCH_SIZE, seed), model.loss) if method == "anchored" else None
     grow_layers(model, planned, init=method, seed=seed, key_stds=stds)  # type: ignore[arg-type]

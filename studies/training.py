@@ -19,6 +19,7 @@ from lit_modules.optim.groups import make_optimizer, param_groups
 from lit_modules.optim.schedule import lr_scheduler
 from tokenformer import TokenFormerLM
 from tokenformer.backbone import block_matrices
+from tokenformer.matched_keys import matched_key_stds, measuring_scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = float(os.environ.get("STUDY_SCALE", "1"))  # `--scale`
@@ -109,6 +110,14 @@ def train(
         optimizer.zero_grad()
         scheduler.step()
     return optimizer.state_dict()
+
+
+@torch.no_grad()
+def matched_stds(model: nn.Module, data: StreamDataModule, loss_of: Callable[..., Tensor]) -> dict[str, float]:
+    """Deviations of new keys that have scores like the old ones on the first batch."""
+    with measuring_scores(model) as sums:
+        loss_of(*(part.to(DEVICE) for part in next(iter(data.train_dataloader()))))
+    return matched_key_stds(model, sums)
 
 
 @torch.no_grad()

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import yaml
 from torch.nn import functional as F
 
 from studies import pretraining
 from studies.pretraining import BASELINES, CIFAR, l1_norm_gelu, run, shape_of
+from tests.conftest import ROOT
 from tokenformer.pattention import Pattention
 
 
@@ -73,3 +75,47 @@ def test_the_l1_norm_gives_scores_a_mean_size_of_one():
     scores = x @ layer.segments[0].keys.T
     expected = F.gelu(scores / scores.abs().mean(1, keepdim=True)) @ layer.segments[0].values
     torch.testing.assert_close(l1_norm_gelu(layer, x), expected)
+
+
+def test_a_grown_model_ends_with_all_tokens_and_has_cost_less(monkeypatch):
+    monkeypatch.setattr(pretraining, "SIZES", {"tiny": (1, 16, 2)})
+    factors = []
+
+    def growing(net, planned, **how):
+        factors.append((net.backbone.blocks[0].attention.query.num_tokens, how["init"]))
+        grow_layers(net, planned, **how)
+
+    grow_layers = pretraining.grow_layers
+    monkeypatch.setattr(pretraining, "grow_layers", growing)
+    for task, steps in (("bytes", 60), ("digits", 60)):
+        whole, grown = (run(task, "tiny", model, "adamw", steps, 4e-3, 0) for model in ("tokenformer", "grown"))
+        assert grown["params"] == whole["params"]
+        assert whole["flops"] / 2 < grown["flops"] < whole["flops"]
+        assert factors.pop() == (8, "anchored")
+        assert grown["loss"] != whole["loss"]
+
+
+def test_longer_sequences_are_fewer_in_a_step(monkeypatch):
+    monkeypatch.setattr(pretraining, "SIZES", {"tiny": (1, 32, 1)})
+    short, long = (run("bytes", "tiny", "tokenformer", "adamw", 21, 4e-3, 0, seq_len=n) for n in (64, 256))
+    pairs = 4 * 32  # FLOPs between two tokens of one layer
+    assert long["flops"] - short["flops"] == 3 * 21 * pretraining.TOKENS * pairs * (256 - 64)
+    assert long["loss"] < 5
+
+
+def test_the_published_augmentation_is_used(monkeypatch):
+    seen = []
+
+    class Images(pretraining.ImageDataModule):
+        def __init__(self, **settings):
+            seen.append(settings)
+            super().__init__(**settings)
+
+    monkeypatch.setattr(pretraining, "SIZES", {"tiny": (1, 16, 2)})
+    monkeypatch.setattr(pretraining, "ImageDataModule", Images)
+    plain, strong = (run("digits", "tiny", "tokenformer", "adamw", 30, 4e-3, 0, augment=a) for a in ("", "published"))
+    assert plain["loss"] != strong["loss"]
+    assert not seen[0].keys() & pretraining.PUBLISHED.keys()
+    assert pretraining.PUBLISHED.items() <= seen[1].items()
+    config = yaml.safe_load((ROOT / "configs/vision/imagenet-base.yaml").read_text())
+    assert pretraining.PUBLISHED.items() <= config["data"]["init_args"].items()
