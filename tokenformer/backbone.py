@@ -85,7 +85,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: BackboneConfig, causal: bool) -> None:
         super().__init__()
-        self.num_heads, self.causal = config.num_heads, causal
+        self.num_heads, self.num_maps, self.causal = config.num_heads, config.num_heads * config.maps_per_head, causal
         self.query = projection(config, config.qkv_tokens, residual=False)
         self.key = projection(config, config.qkv_tokens, residual=False)
         self.value = projection(config, config.qkv_tokens, residual=False)
@@ -100,7 +100,7 @@ class SelfAttention(nn.Module):
             chunk: which part of a cached sequence the tokens are, or None for all of it.
         """
         query, key, value = (
-            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, K)
+            project(x).unflatten(-1, (self.num_maps, -1)).transpose(1, 2)  # (B, H, T, K)
             for project in (self.query, self.key, self.value)
         )
         if rotary is not None:
@@ -108,18 +108,58 @@ class SelfAttention(nn.Module):
         seen = None
         if chunk is not None:
             (key, value), seen = chunk.extend(self, key, value), chunk.seen  # (B, H, S, K)
-        causal = self.causal and seen is None
-        mixed = F.scaled_dot_product_attention(query, key, value, seen, is_causal=causal)  # (B, H, T, K)
+        mixed = self.mix(query, key, value, seen, is_causal=self.causal and seen is None)  # (B, H, T, K)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, is_causal: bool) -> Tensor:
+        """What each token attends to, (B, H, T, K); `seen` are the tokens (B, 1, T, S) that it may, or None."""
+        return F.scaled_dot_product_attention(query, key, value, seen, is_causal=is_causal)
+
+
+class DifferentialAttention(SelfAttention):
+    """The difference of two attention maps in each head, with a learned weight (Ye et al. 2024, arXiv 2410.05258).
+
+        out = (1 - start) norm((softmax(q1 k1' / sqrt(K / 2)) - weight softmax(q2 k2' / sqrt(K / 2))) v)
+        weight = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + start
+
+    q1 and q2 are the two halves of a head's channels, norm is an RMSNorm of each head, `start` depends on the depth.
+    """
+
+    def __init__(self, config: BackboneConfig, causal: bool, index: int) -> None:
+        super().__init__(config, causal)
+        self.start = 0.8 - 0.6 * math.exp(-0.3 * index)
+        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
+            nn.Parameter(0.1 * torch.randn(config.map_dim)) for _ in range(4)
+        )
+        self.norm = nn.RMSNorm(config.head_dim, eps=1e-5, elementwise_affine=config.norm_affine)
+
+    def weight(self) -> Tensor:
+        """Of the second map, a scalar of at least float32."""
+        first, second = self.lambda_q1 * self.lambda_k1, self.lambda_q2 * self.lambda_k2
+        wide = torch.promote_types(first.dtype, torch.float32)
+        return first.sum(dtype=wide).exp() - second.sum(dtype=wide).exp() + self.start
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, is_causal: bool) -> Tensor:
+        """As SelfAttention's; all are (B, 2 H, T, K / 2), the two halves of a head next to each other."""
+        half = query.shape[-1]
+        query, key = F.pad(query, (0, half)), F.pad(key, (0, half))  # fused kernels want them as wide as values
+        value = value.unflatten(1, (self.num_heads, 2)).transpose(2, 3).flatten(3)  # (B, H, S, K)
+        value, scale = value.repeat_interleave(2, dim=1), half**-0.5
+        both = F.scaled_dot_product_attention(query, key, value, seen, is_causal=is_causal, scale=scale)
+        first, second = both.unflatten(1, (self.num_heads, 2)).unbind(2)
+        return self.norm(first - self.weight().to(both.dtype) * second) * (1 - self.start)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: BackboneConfig, causal: bool) -> None:
+    def __init__(self, config: BackboneConfig, causal: bool, index: int) -> None:
         super().__init__()
         self.attention_norm = layer_norm(config)
-        self.attention = SelfAttention(config, causal)
+        if config.attention == "differential":
+            self.attention: SelfAttention = DifferentialAttention(config, causal, index)
+        else:
+            self.attention = SelfAttention(config, causal)
         self.ffn_norm = layer_norm(config)
         if config.baseline is not None:
             self.ffn: nn.Module = MLP(config.dim, config.mlp_hidden, baseline_std(config, residual=True))
@@ -144,7 +184,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.rotary_dim = config.rotary_dim
         self.checkpoint_activations = False
-        self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, causal, i) for i in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=1e-5)
 
     def recompute_scores(self, enable: bool = True) -> None:

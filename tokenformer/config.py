@@ -30,6 +30,8 @@ class BackboneConfig:
             whatever depth, width and number of tokens).
         norm_affine: give the blocks' LayerNorms a learned weight and bias (published models: false).
         rotary_fraction: part of each head's channels that rotary embeddings turn; 0 for no position information.
+        attention: between the tokens of a sequence: softmax (published models), or differential (Ye et al. 2024: the
+            difference of two softmax maps, each of half of a head's channels, with a learned weight).
         baseline: build a plain Transformer, with linear projections: `width`, of equal width (feed-forward
             4 x dim), or `parameters`, of equal width and equal parameter count (wider feed-forward). It ignores
             `*_tokens` but for that count, and `score_norm`, `scale` and `init`.
@@ -46,6 +48,7 @@ class BackboneConfig:
     init: Literal["official", "scaled"] = "official"
     norm_affine: bool = False
     rotary_fraction: float = 0.25
+    attention: Literal["softmax", "differential"] = "softmax"
     baseline: Literal["width", "parameters"] | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +65,7 @@ class BackboneConfig:
             "score_norm": tuple(WEIGHT_SECOND_MOMENT),
             "scale": ("fixed", "learned", "current"),
             "init": ("official", "scaled"),
+            "attention": ("softmax", "differential"),
             "baseline": (None, "width", "parameters"),
         }
         for name, allowed in choices.items():
@@ -69,12 +73,17 @@ class BackboneConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}")
         if not 0 <= self.rotary_fraction <= 1:
             raise ValueError(f"rotary_fraction={self.rotary_fraction}: must be between 0 and 1")
-        size = self.rotary_fraction * self.head_dim
-        if size != int(size) or int(size) % 2:
+        if self.head_dim % self.maps_per_head:
             raise ValueError(
-                f"rotary_fraction={self.rotary_fraction} of head_dim={self.head_dim} (dim={self.dim} / "
-                f"num_heads={self.num_heads}) is {size:g} channels: rotation needs an even number; "
-                f"try {2 * round(size / 2) / self.head_dim:g}"
+                f"attention='differential': head_dim={self.head_dim} (dim={self.dim} / num_heads={self.num_heads}) is "
+                "odd, and each of the two maps of a head has half of it; use another num_heads"
+            )
+        size = self.rotary_fraction * self.map_dim
+        if size != int(size) or int(size) % 2:
+            head = f"head_dim={self.head_dim} (dim={self.dim} / num_heads={self.num_heads})"
+            raise ValueError(
+                f"rotary_fraction={self.rotary_fraction} of {'half of ' if self.maps_per_head == 2 else ''}{head} is "
+                f"{size:g} channels: rotation needs an even number; try {2 * round(size / 2) / self.map_dim:g}"
             )
         if self.baseline == "parameters" and self.mlp_hidden < 1:
             raise ValueError(
@@ -88,9 +97,19 @@ class BackboneConfig:
         return self.dim // self.num_heads
 
     @property
+    def maps_per_head(self) -> int:
+        """Attention maps of a head."""
+        return 2 if self.attention == "differential" else 1
+
+    @property
+    def map_dim(self) -> int:
+        """Channels of queries and keys in a map."""
+        return self.head_dim // self.maps_per_head
+
+    @property
     def rotary_dim(self) -> int:
-        """Channels of a head that are rotated."""
-        return int(self.rotary_fraction * self.head_dim)
+        """Those of them that are rotated."""
+        return int(self.rotary_fraction * self.map_dim)
 
     @property
     def mlp_hidden(self) -> int:
@@ -112,11 +131,19 @@ class BackboneConfig:
         """Parameters of all blocks, their norms and learned taus too."""
         norms = 4 * self.dim if self.norm_affine else 0
         taus = 5 if self.scale == "learned" and self.baseline is None else 0
-        return self.depth * (self.block_matmul_params() + norms + taus)
+        weights = 4 * self.map_dim + self.norm_affine * self.head_dim if self.attention == "differential" else 0
+        return self.depth * (self.block_matmul_params() + norms + taus + weights)
 
     def backbone_flops_per_token(self, seq_len: int) -> int:
-        """Forward FLOPs of all blocks per input token: 2 per parameter, and 4 L D T between tokens (paper T3)."""
-        return self.depth * (2 * self.block_matmul_params() + 4 * self.dim * seq_len)
+        """Forward FLOPs of all blocks per input token: 2 per parameter, and those between tokens."""
+        return 2 * self.depth * self.block_matmul_params() + self.flops_between_tokens(seq_len)
+
+    def flops_between_tokens(self, seq_len: int) -> int:
+        """Forward FLOPs of attention per input token: 4 L D T (paper T3).
+
+        Twice as many where it is differential: two maps, each computed as one of whole heads.
+        """
+        return 4 * self.depth * self.maps_per_head * self.dim * seq_len
 
     def value_std(self, num_tokens: int, residual: bool) -> float:
         """Standard deviation of the value tokens of a Pattention at initialisation.

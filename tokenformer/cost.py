@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tokenformer.backbone import Block, block_matrices
+from tokenformer.backbone import Block, DifferentialAttention, block_matrices
 from tokenformer.baseline import MLP, LowRank
 from tokenformer.language import TokenFormerLM
 from tokenformer.loss import BLOCK_LOGITS, BLOCK_ROWS
@@ -179,7 +179,10 @@ def _block(block: Block, rotary: bool, T: int, wide: int, narrow: int, parts: in
     """Bytes that a block keeps for its backward pass, and that its largest layer's backward pass works with."""
     D, mixed, attention = block.attention_norm.normalized_shape[0], wide != narrow, block.attention
     kept = 2 * T * (D * wide + 8)  # the norms' inputs, means and deviations
-    kept += T * ((5 if rotary else 4) * D * narrow + 4 * attention.num_heads)  # q, k, v, out (rotated: in two layouts)
+    if isinstance(attention, DifferentialAttention):  # padded q and k, v and out of both maps, out; the norm's input
+        kept += T * (9 * D * narrow + 4 * D + 12 * attention.num_heads)
+    else:
+        kept += T * ((5 if rotary else 4) * D * narrow + 4 * attention.num_heads)  # q, k, v, out (rotated: twice)
     widest = readers = beside = 0
     at_work = 1  # T x N buffers that a backward pass makes
     for layer in (attention.query, attention.key, attention.value, block.ffn, attention.out):

@@ -95,5 +95,5 @@ class TokenFormerLM(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs as the model is now, growth included; counted as in :meth:`LMConfig.flops_per_token`."""
-        between_tokens = 4 * self.config.depth * self.config.dim * seq_len
+        between_tokens = self.config.flops_between_tokens(seq_len)
         return 2 * self.backbone.matrix_params() + between_tokens + 2 * self.config.vocab_size * self.config.dim

@@ -103,6 +103,7 @@ MODELS = {
     "no positions, learned tau": ({"rotary_fraction": 0.0, "scale": "learned", "norm_affine": True}, ()),
     "grown": ({}, GROWTHS),
     "grown with norms of their own": ({}, tuple(growth | {"init": "segment_norm"} for growth in GROWTHS)),
+    "differential attention": ({"attention": "differential"}, ()),
     "transformer": ({"baseline": "parameters"}, ()),
     "transformer with LoRA": ({"baseline": "parameters"}, ({"lora": 64}, {"lora": 32})),
 }

@@ -15,6 +15,7 @@ VARIANTS = {
     "no positions": {"rotary_fraction": 0.0},
     "all channels rotated": {"rotary_fraction": 1.0},
     "Transformer": {"baseline": "width"},
+    "differential attention": {"attention": "differential", "rotary_fraction": 0.5},
 }
 
 

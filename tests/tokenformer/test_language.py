@@ -22,6 +22,8 @@ VARIANTS = {
     "affine norms, learned tau": {"norm_affine": True, "scale": "learned", "init": "scaled"},
     "softmax": {"score_norm": "softmax"},
     "gelu first": {"score_norm": "gelu_l2_norm", "scale": "current"},
+    "differential attention": {"attention": "differential", "rotary_fraction": 0.5, "norm_affine": True},
+    "its baseline": {"attention": "differential", "rotary_fraction": 0.0, "baseline": "parameters"},
     "baseline of equal width": {"baseline": "width"},
     "baseline of equal parameters": {"baseline": "parameters", "norm_affine": True},
 }
@@ -214,6 +216,9 @@ BAD_CONFIGS = [
     ({"num_heads": 5}, "num_heads=5 does not divide dim=32.*nearest that does is 4"),
     ({"rotary_fraction": 0.4}, "rotary_fraction=0.4 of head_dim=8.*even number; try 0.5"),
     ({"rotary_fraction": 1.5}, "rotary_fraction=1.5"),
+    ({"attention": "differential", "num_heads": 32}, "attention='differential': head_dim=1 .*is odd"),
+    ({"attention": "differential"}, "of half of head_dim=8.*is 1 channels: .*even number; try 0"),
+    ({"attention": "linear"}, "attention='linear': choose one of softmax, differential"),
     ({"depth": 0}, "depth=0"),
     ({"vocab_size": 0}, "vocab_size=0"),
     ({"scale": "free"}, "scale='free': choose one of fixed, learned, current"),

@@ -23,6 +23,7 @@ VARIANTS = {
     "one channel, no classifier": {"in_channels": 1, "num_classes": 0},
     "affine norms, learned tau": {"norm_affine": True, "scale": "learned", "init": "scaled"},
     "rotary": {"rotary_fraction": 0.5},
+    "differential attention": {"attention": "differential"},
     "gelu first": {"score_norm": "gelu_l2_norm", "scale": "current"},
     "baseline of equal width": {"baseline": "width"},
     "baseline of equal parameters": {"baseline": "parameters", "norm_affine": True},
