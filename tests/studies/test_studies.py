@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from studies.__main__ import main
 from studies.growth import SIZES, add_tokens, build
 from studies.page import PAGE, VERDICTS, claims, page, section, short
 from studies.runner import FOLDER, Study, expand, search
@@ -132,6 +133,35 @@ def test_a_training_leaves_the_state_that_it_begins_with():
 
 def test_the_page_is_made_of_the_results():
     assert PAGE.read_text() == page(), "run: python -m studies page"
+
+
+def test_a_study_is_sent_to_slurm(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["studies", "norms", "--jobs", "3", "--scale", "8", "--submit", "--time=60", "-q", "a b"]
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="no sbatch here"):
+        main()
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        f'#!/bin/sh\nfor a in "$@"; do echo "$a"; done > {tmp_path}/asked\n/bin/cat > {tmp_path}/script\necho 42\n'
+    )
+    sbatch.chmod(0o755)
+    main()
+    assert capsys.readouterr().out == "job 42, log runs/studies/norms.log\n"
+    assert (tmp_path / "runs/studies").is_dir()
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[-3:] == ["--time=60", "-q", "a b"]
+    assert {"--parsable", "--cpus-per-task=3", "--requeue", "--output=runs/studies/norms.log"} <= set(asked)
+    command = f"exec {sys.executable} -m studies norms --jobs=3 --scale=8\n"
+    assert (tmp_path / "script").read_text() == "#!/bin/bash\n" + command
+    sbatch.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(SystemExit, match="3"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["studies", "page", "--submit"])
+    with pytest.raises(SystemExit):
+        main()
 
 
 def test_claims_have_a_verdict_once_their_cells_are_measured():
