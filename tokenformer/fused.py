@@ -7,6 +7,7 @@ Shapes: T input tokens, D channels (D_in, D_out), N parameter tokens. Every matr
 One file: forward and backward share every buffer, and the op that torch.compile sees is both.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +19,8 @@ from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-TINY_TAU = 1e-16  # is added to tau: no bit of any usual one, and gradients that are divided by it have their limit at 0
+# Is added to tau where there are gradients: no bit of any usual one, and what is divided by it has its limit at 0.
+TINY_TAU = 1e-16
 HAS_TRITON = find_spec("triton") is not None  # what is not needed is not imported
 
 
@@ -49,12 +51,12 @@ def attend_l2_norm_gelu(
         norm_tokens = sum(len(segment) for segment in keys)
     if _exporting():
         return _plain(x, joined(keys), joined(values), tau, norm_tokens)
-    x_TD = x.reshape(-1, x.shape[-1])
-    if torch.compiler.is_compiling() and not _as_op(group):  # writing to columns of a buffer would break its graph
+    x_TD, compiling = x.reshape(-1, x.shape[-1]), torch.compiler.is_compiling()
+    if compiling and not _as_op(group):  # writing to columns of a buffer would break its graph
         keys, values = [joined(keys)], [joined(values)]
     tensors = (x_TD, tau, *keys, *values)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not torch.compiler.is_compiling() and (
+    if not compiling and (
         forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active())
     ):
         raise ValueError("l2_norm_gelu has no derivatives in torch.func and in forward mode: use torch.autograd.grad")
@@ -95,7 +97,7 @@ def row_norm(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
     wide = torch.promote_types(rows.dtype, torch.float32)
     # On the CPU a wide norm of bfloat16 copies all rows to float32 first; its own kernel sums in float32 anyway.
     sum_in = None if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" else wide
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=sum_in).to(wide)
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=None if sum_in == rows.dtype else sum_in).to(wide)
     if group is not None:
         distributed.all_reduce(norm.square_(), group=group)
         norm.sqrt_()
@@ -149,21 +151,25 @@ def _forward(
     It holds the GELU's input z = tau A / |A|, or A where kernels multiply by the factor while they read.
     """
     kept = _scores(x, keys, group)
-    factor = x.new_empty(len(x), 1)
     if uses_kernels(x, group):
         from tokenformer.kernels import norm_gelu
 
+        factor = x.new_empty(len(x), 1)
         weights = norm_gelu(kept, tau, factor, norm_tokens)
     else:
-        norm = row_norm(_of_norm(kept, norm_tokens), group)
-        wide_factor = ((tau.to(norm.dtype) + TINY_TAU) / norm).masked_fill_(norm < smallest_norm(norm.dtype), 0)
-        wide_factor += 0 * norm  # NaN where the norm is infinite, not zeros in silence
-        # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU. The clamp keeps
-        # the factor of a tiny row finite in float16.
-        largest = torch.finfo(kept.dtype).max
-        factor.copy_(wide_factor.clamp(-largest, largest))
+        # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU.
+        factor = _factor(row_norm(_of_norm(kept, norm_tokens), group), tau, kept.dtype)
         weights = F.gelu(kept.mul_(factor))
     return _sum_of_products(weights, values), kept, factor
+
+
+def _factor(norm: Tensor, tau: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`norm_factor` without a gradient, in few calls: at one token they are what takes the time."""
+    norm = torch.add(norm, norm, alpha=0)  # NaN where it is infinite, not zeros in silence
+    factor = tau.to(norm.dtype) / torch.threshold(norm, smallest_norm(norm.dtype), math.inf)
+    if dtype == torch.float16:  # keeps the factor of a tiny row finite
+        factor = factor.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return factor.to(dtype)
 
 
 def _recompute_kept(group: ProcessGroup | None, x: Tensor, keys: Sequence[Tensor], factor: Tensor) -> Tensor:
@@ -325,7 +331,8 @@ class _L2NormGELU(torch.autograd.Function):
     ) -> Tensor:
         half = len(keys_and_values) // 2
         keys, values = list(keys_and_values[:half]), list(keys_and_values[half:])
-        out, kept, factor = _forward_or_op(group, x, tau, keys, values, norm_tokens)
+        wide_tau = tau.to(torch.promote_types(tau.dtype, torch.float32)) + TINY_TAU
+        out, kept, factor = _forward_or_op(group, x, wide_tau, keys, values, norm_tokens)
         ctx.group, ctx.norm_tokens = group, norm_tokens
         ctx.save_for_backward(x, tau, factor, None if recompute else kept, *keys_and_values)
         return out

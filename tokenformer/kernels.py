@@ -106,7 +106,7 @@ def _norm_gelu(scores, tau, weights, factor, N, stride, norm_tokens, LARGEST, TI
     norm = tl.sqrt(tl.sum(squares))
     # The clamp keeps the factor of a tiny row finite in float16.
     seen = norm >= SMALLEST_NORM
-    by = (tl.load(tau).to(tl.float32) + TINY) / tl.where(seen, norm, 1)
+    by = tl.load(tau).to(tl.float32) / tl.where(seen, norm, 1)
     by = tl.where(seen, tl.maximum(tl.minimum(by, LARGEST), -LARGEST), 0)
     by = tl.where(norm < float("inf"), by, float("nan")).to(factor.dtype.element_ty)
     tl.store(factor + row, by)
