@@ -16,6 +16,18 @@ What the paper claims (arXiv 2410.23168), and what small models show of it. Ours
 rate, lowest to highest.
 
 """
+ADVICE = """
+**When to use a TokenFormer.** When there is a trained model, and more is wanted than it can hold: growth is exact in \
+the middle of a run, and a grown model ends below one of its size that has the growth's steps alone ({grown} against \
+{stage} nats a byte). When one kind of data comes after another and nothing may be lost: new tokens alone leave the \
+old model in it to the bit, are a small file of their own, and end lower over all of the data than LoRA and Net2Net \
+({new_tokens} against {lora} and {net2net}). And for language in small models from the start too: of as many \
+parameters and steps it ended below its Transformer twin ({tokenformer} against {transformer}). **When not**: when \
+the last size is known and nothing is trained yet, train that size at once, which is cheaper ({scratch} for as many \
+FLOPs as base and growth together); when speed decides, since two products, a norm and a GELU take the place of one \
+product ([performance](performance.md)); when one classifier must learn new classes without the old ones, where it \
+forgets like all others.
+"""
 BELOW = """
 Each line below is a cell of a study at its own best learning rate, but for the kind `base`, whose rate is given: the \
 search began in the middle of a grid in steps of two and ended when a rate was better than its neighbours, with seed \
@@ -30,7 +42,25 @@ VERDICTS = ("held", "held in part", "not held", "can't be said here")
 def page() -> str:
     """The whole page."""
     studies = [Study(path.stem) for path in sorted(FOLDER.glob("*.yaml"))]
-    return HEAD + claims(studies) + BELOW + "".join(map(section, studies))
+    return HEAD + claims(studies) + advice(studies) + BELOW + "".join(map(section, studies))
+
+
+def advice(studies: Sequence[Study]) -> str:
+    """ADVICE, with its numbers."""
+    by_name = {study.name: study for study in studies}
+    stage = {"size": "small", "optimizer": "muon", "factor": 4, "stage": 0.33}
+    model = {"task": "bytes", "size": "1M", "optimizer": "muon"}
+    cells = {
+        "grown": ("growth", stage | {"kind": "anchored", "keys": "matched"}),
+        "stage": ("growth", stage | {"kind": "scratch", "as_long": "stage"}),
+        "scratch": ("growth", stage | {"kind": "scratch", "as_long": "flops"}),
+        "new_tokens": ("continual", {"task": "texts", "method": "new tokens"}),
+        "lora": ("continual", {"task": "texts", "method": "lora"}),
+        "net2net": ("continual", {"task": "texts", "method": "net2net"}),
+        "tokenformer": ("optimizers", model | {"model": "tokenformer"}),
+        "transformer": ("optimizers", model | {"model": "transformer"}),
+    }
+    return ADVICE.format(**{name: short(by_name[study], cell).split()[0] for name, (study, cell) in cells.items()})
 
 
 def claims(studies: Sequence[Study]) -> str:
