@@ -4,12 +4,12 @@ import importlib
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from studies.fit import table
+from studies.picture import draw
 from studies.runner import FOLDER, ROOT, Row, Settings, Study
 
-PAGE = ROOT / "docs/study.md"
+PAGE, PICTURES = ROOT / "docs/study.md", ROOT / "docs/study"
 HEAD = """# Studies
 
 What the paper claims (arXiv 2410.23168), and what small models show of it. Ours: mean of three seeds at the best \
@@ -113,12 +113,9 @@ def section(study: Study) -> str:
     ]
     about = (importlib.import_module(study.module).__doc__ or "").strip()
     text = f"```text\n{about}\n```\n\n" if about else ""
-    return (
-        f"\n## {study.name}: {study.question}\n\n{text}"
-        + "\n".join(lines)
-        + "\n"
-        + (table(study) if study.laws else "")
-    )
+    picture = f"![{study.name}](study/{study.name}.svg)\n\n" if study.picture and draw(study) else ""
+    laws = table(study) if study.laws else ""
+    return f"\n## {study.name}: {study.question}\n\n{text}{picture}" + "\n".join(lines) + f"\n{laws}"
 
 
 def figures(study: Study, cell: Settings, others: Sequence[str]) -> list[str]:
@@ -152,6 +149,15 @@ OTHERS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
 }
 
 
-def write(path: Path = PAGE) -> None:
-    """Make the page."""
-    path.write_text(page())
+def write() -> None:
+    """Make the page and its pictures."""
+    PAGE.write_text(page())
+    PICTURES.mkdir(exist_ok=True)
+    for name, svg in pictures().items():
+        (PICTURES / name).write_text(svg)
+
+
+def pictures() -> dict[str, str]:
+    """The SVG of each study that has a picture and rows for it, by the file's name."""
+    studies = [Study(path.stem) for path in sorted(FOLDER.glob("*.yaml"))]
+    return {f"{study.name}.svg": svg for study in studies if study.picture and (svg := draw(study))}

@@ -45,7 +45,8 @@ def run(
         steps += round(before / sizes[times]) if budget == "flops" else 0
         model = build(size, seed, times)
         train(model, data, model.loss, optimizer, lr, steps)
-        return {"params": model.num_params(), "flops": steps * sizes[times], "loss": loss(model)}
+        flops = steps * sizes[times]
+        return {"params": model.num_params(), "flops": flops, "stage flops": flops, "loss": loss(model)}
     saved = base(size, optimizer, seed)
     model, state = build(size, seed), saved["optimizer"]
     model.load_state_dict(saved["model"])
@@ -57,8 +58,9 @@ def run(
         )
         losses.append(loss(model))
         done += steps
-    flops = BASE_STEPS[size] * sizes[1] + steps * sum(sizes[times] for times in FACTORS)
-    return {"params": model.num_params(), "flops": flops, "at x3": losses[0], "loss": losses[1]}
+    stages = [steps * sizes[times] for times in FACTORS]
+    spent = {"flops": BASE_STEPS[size] * sizes[1] + sum(stages), "stage flops": stages[-1]}
+    return {"params": model.num_params()} | spent | {"at x3": losses[0], "loss": losses[1]}
 
 
 @torch.no_grad()

@@ -28,11 +28,11 @@ Row = dict[str, Any]
 class Study:
     """The rows of `results/NAME.csv`, and how those are measured that it lacks.
 
-    The YAML file has the `question`; for the page the `claims` of the paper that it checks, and whether power `laws`
-    are fitted to it; `run`, a module of this package whose function `run` takes a cell's settings, `lr` and `seed` and
-    returns a row's figures, `loss` among them; `seeds`, their number; and `cells`, each a product of its lists. A cell
-    has either an `lr`, or an `lr_near`: there the search for the best rate begins, with seed 0 and in steps of two,
-    until one is better than both of its neighbours. The other seeds are run at that one.
+    The YAML file has the `question`; for the page the `claims` of the paper that it checks, what its `picture` shows,
+    and whether power `laws` are fitted to it; `run`, a module of this package whose function `run` takes a cell's
+    settings, `lr` and `seed` and returns a row's figures, `loss` among them; `seeds`, their number; and `cells`, each a
+    product of its lists. A cell has either an `lr`, or an `lr_near`: there the search for the best rate begins, with
+    seed 0 and in steps of two, until one is better than both of its neighbours. The other seeds are run at that one.
 
     Args:
         name: of the study.
@@ -48,6 +48,7 @@ class Study:
         spec = yaml.safe_load(path.read_text())
         self.name, self.question, self.claims = name, spec["question"], spec.get("claims", [])
         self.laws: bool = spec.get("laws", False)
+        self.picture: Settings = spec.get("picture", {})
         self.module, self.seeds = f"studies.{spec['run']}", spec["seeds"]
         self.cells = [cell for product in spec["cells"] for cell in expand(product)]
         self.columns = list(dict.fromkeys(name for cell in self.cells for name in cell if name != "lr_near"))

@@ -25,6 +25,7 @@ def tiny(tmp_path, monkeypatch):
 def test_budgets_are_those_that_are_said(tiny):
     grown, step = tiny("anchored", stage=0.5), {n: growth.step_flops(growth.build("tiny", 0, n)) for n in (1, 3, 6)}
     assert grown["flops"] == 60 * step[1] + 30 * (step[3] + step[6])
+    assert grown["stage flops"] == 30 * step[6]
     stage, flops, base = (tiny("scratch", stage=0.5, factor=6, budget=budget) for budget in ("stage", "flops", "base"))
     assert stage["flops"] == 30 * step[6]
     assert flops["flops"] == pytest.approx(grown["flops"], abs=step[6] / 2)

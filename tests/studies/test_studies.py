@@ -16,7 +16,8 @@ import yaml
 
 from studies.__main__ import main
 from studies.growth import SIZES, add_tokens, build
-from studies.page import PAGE, VERDICTS, claims, page, section, short
+from studies.page import PAGE, PICTURES, VERDICTS, claims, page, pictures, section, short
+from studies.picture import draw, points_of
 from studies.runner import FOLDER, Study, expand, search
 from studies.training import train
 from tokenformer.growth import pattention_layers
@@ -133,6 +134,18 @@ def test_a_training_leaves_the_state_that_it_begins_with():
 
 def test_the_page_is_made_of_the_results():
     assert PAGE.read_text() == page(), "run: python -m studies page"
+    assert {path.name: path.read_text() for path in PICTURES.glob("*")} == pictures(), "run: python -m studies page"
+
+
+def test_a_picture_shows_the_cells_that_are_measured(study):
+    made, _ = study()
+    made.picture = {"x": ["params"], "lines": ["kind"]}
+    assert points_of(made, "params", ["kind"])["a"] == [(10.0, [0.0, 1.0, 2.0])]
+    svg = draw(made)
+    assert svg == draw(made)
+    assert all(f">{label}</text>" in svg for label in ("a", "b", "loss", "parameters"))
+    made.rows = []
+    assert draw(made) == ""
 
 
 def test_a_study_is_sent_to_slurm(monkeypatch, tmp_path, capsys):
