@@ -71,6 +71,7 @@ def submit(study: Study, jobs: int, options: list[str]) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "studies", study.name, f"--jobs={jobs}", f"--scale={study.scale:g}"]
     asked = [f"--job-name=study-{study.name}", f"--cpus-per-task={jobs}", "--requeue", "--open-mode=append"]
+    asked.append("--dependency=singleton")  # two at once would write over each other's rows
     script = f"#!/bin/bash\nexec {shlex.join(command)}\n"
     sent = subprocess.run(
         ["sbatch", "--parsable", *asked, f"--output={log}", *options], input=script, text=True, stdout=subprocess.PIPE

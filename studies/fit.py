@@ -1,6 +1,7 @@
 """Power laws through the cells of a study, and what they predict where nothing was trained."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,10 @@ from scipy.stats import linregress, t
 from studies.runner import Study
 
 PREDICTED = {"124M": 124e6, "354M": 354e6, "757M": 757e6, "1.4B": 1.4e9}  # parameters of the paper's grown models
+
+BENEATH = """loss = c x^-exponent through the means of the seeds, with 95 % intervals. **The predictions go one and a \
+half to nearly three orders of magnitude beyond the models, at these steps and batches, with a law that has no floor; \
+no such model was trained.**"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,10 @@ class PowerLaw:
 
 
 def table(study: Study) -> str:
-    """A law of loss over parameters and one over FLOPs for each model of a study, and predictions of the former."""
+    """A law of loss over parameters and one over FLOPs for each model of a study, and predictions of the former.
+
+    Through the means of the seeds: what a size departs from the law by, its seeds have in common.
+    """
     models = list(dict.fromkeys(str(cell["model"]) for cell in study.cells))
     head = ["model", "exponent over parameters", "over FLOPs", *(f"predicted at {name}" for name in PREDICTED)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -46,19 +54,12 @@ def table(study: Study) -> str:
         cells = [
             {name: cell.get(name, "") for name in study.columns if name not in ("lr", "seed")} for cell in study.cells
         ]
-        rows = [row for cell in cells if cell["model"] == model for row in study.best(**cell)]
-        if len({row["params"] for row in rows}) < 3:
+        sizes = [study.best(**cell) for cell in cells if cell["model"] == model]
+        if not all(sizes):
             lines.append(f"| {model} | not run yet |" + " |" * (len(head) - 2))
             continue
-        laws = [
-            PowerLaw.through([float(row[x]) for row in rows], [float(row["loss"]) for row in rows])
-            for x in ("params", "flops")
-        ]
+        losses = [statistics.mean(float(row["loss"]) for row in rows) for rows in sizes]
+        laws = [PowerLaw.through([float(rows[0][x]) for rows in sizes], losses) for x in ("params", "flops")]
         figures = [f"{law.exponent:.3f} ± {law.error:.3f}" for law in laws]
         lines.append(f"| {' | '.join([model, *figures, *(f'{laws[0](n):.3f}' for n in PREDICTED.values())])} |")
-    return (
-        "\nloss = c x^-exponent through all seeds, with 95 % intervals. **The predictions are extrapolations over two "
-        "to three orders of magnitude, at these steps and batches; no such model was trained.**\n\n"
-        + "\n".join(lines)
-        + "\n"
-    )
+    return f"\n{BENEATH}\n\n" + "\n".join(lines) + "\n"

@@ -6,7 +6,7 @@ optimizer's state. Bytes of Python's standard library, 12 sequences of 96 a step
 kind        what growth adds
 none        nothing: the base is trained on
 zero_keys   keys 0, values random, one norm
-random      keys and values random, one norm: the paper's runs; not exact
+random      keys and values random, one norm, tau kept (the paper's runs let it follow the tokens); not exact
 segment_norm  keys random, values 0, a norm of their own
 anchored    values 0, scores divided by the norm of the old ones, which they never join
 gate        the same, but from step to step they join that norm more, with a weight that goes from 0 to 1 over `ramp` of

@@ -9,6 +9,7 @@ order       raster    line by line
             annealed  random with a probability that falls from 1 to 0 between a quarter and three quarters of the steps
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -47,15 +48,19 @@ class PixelModel(nn.Module):
 
 
 class Batches:
-    """Digits in the order of a seed, again and again."""
+    """Digits in an order of their own in each epoch."""
 
     def __init__(self, images: Tensor, seed: int) -> None:
         self.images, self.generator = images, torch.Generator().manual_seed(seed)
 
-    def train_dataloader(self) -> list[tuple[Tensor]]:
-        """An epoch."""
+    def train_dataloader(self) -> "Batches":
+        """As of a data module."""
+        return self
+
+    def __iter__(self) -> Iterator[tuple[Tensor]]:
+        """An epoch, in whole batches."""
         shuffled = self.images[torch.randperm(len(self.images), generator=self.generator)]
-        return [(batch,) for batch in shuffled.split(BATCH_SIZE) if len(batch) == BATCH_SIZE]
+        return ((batch,) for batch in shuffled.split(BATCH_SIZE) if len(batch) == BATCH_SIZE)
 
 
 @cache

@@ -138,7 +138,7 @@ def _mean(column: str) -> Callable[[list[Row]], str]:
     return lambda rows: f"{statistics.mean(float(row[column]) for row in rows):.3f}"
 
 
-FIGURES = ("learned", "forgotten", "at x3", "norm", "spread", "unused", "largest rate")
+FIGURES = ("learned", "forgotten", "at x3", "norm", "of keys", "of values", "spread", "unused", "largest rate")
 # What a line says beside the loss, where the rows have such a column: how far growth moved the loss, training FLOPs.
 OTHERS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "jump": ("after", _jump),

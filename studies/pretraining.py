@@ -11,7 +11,7 @@ model       tokenformer; transformer, its twin of as many parameters; equal widt
 dim         another number of channels D in heads of 32, with so many tokens that parameters stay: few wide, many narrow
 share       of all tokens, that of the projections: 0.5 unless it is said
 score_norm  l2_norm_gelu unless it is said; gelu_l2_norm, softmax (exp, then L1) or l1_norm_gelu (the sum of |score|)
-attention   softmax unless it is said; or differential (arXiv 2410.05258)
+attention   softmax unless it is said; or differential (arXiv 2410.05258), with half of the heads, as published
 augment     images: published, RandAugment, mixup and CutMix as for ImageNet; else flips and crops
 seq_len     bytes of a sequence, 4,096 in a step; else 12 sequences of 128
 norms       LayerNorms inside blocks: without weight and bias unless it is said; bias, or affine (both)
@@ -68,6 +68,7 @@ def run(
     torch.manual_seed(seed)
     shape = shape_of(size, dim, share, 0.5 if model == "grown" else 1.0)
     shape |= {"norm_affine": bool(norms), "attention": attention}
+    shape["num_heads"] //= 2 if attention == "differential" else 1
     shape |= {"baseline": BASELINES[model]} if model in BASELINES else {}
     shape |= {"score_norm": score_norm} if score_norm != "l1_norm_gelu" else {}
     length, batch_size = int(seq_len or SEQ_LEN), TOKENS // int(seq_len) if seq_len else BATCH_SIZE[task]

@@ -60,13 +60,23 @@ class Study:
 
     def measure(self, jobs: int = 1, search_rates: bool = True) -> None:
         """Measure what is missing, `jobs` trainings at a time; else each at the rate where a search would begin."""
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        threads = max(1, len(os.sched_getaffinity(0)) // jobs)  # what Slurm has given, not what is there
+        failed = threading.Event()
+
+        def measure_cell(cell: Settings) -> None:
+            if not failed.is_set():
+                try:
+                    self._measure_cell(cell, processes, search_rates)
+                except BaseException:
+                    failed.set()  # before this thread takes the next cell
+                    raise
+
         with (
             ProcessPoolExecutor(jobs, get_context("spawn"), prepare, (threads, self.scale)) as processes,
             ThreadPoolExecutor(jobs) as searches,
         ):
             try:
-                for done in [searches.submit(self._measure_cell, cell, processes, search_rates) for cell in self.cells]:
+                for done in [searches.submit(measure_cell, cell) for cell in self.cells]:
                     done.result()
             except BaseException:  # an error or Ctrl-C: begin nothing more
                 searches.shutdown(wait=False, cancel_futures=True)

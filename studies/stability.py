@@ -3,8 +3,9 @@
 AdamW, 500 steps on bytes of Python's standard library, 12 sequences of 128 a step; sizes are those of pretraining.py.
 
 what          training      at the best rate; `norm` is the mean norm of all gradients after the warm-up, before they
-                            are clipped, `spread` its standard deviation over the steps, over that mean; `unused` the
-                            share of tokens whose mean |weight| on held-out text is under a hundredth of their layer's
+                            are clipped, `of keys` and `of values` that of theirs alone, `spread` the standard deviation
+                            of the first over the steps, over its mean; `unused` the share of tokens whose mean |weight|
+                            on held-out text is under a hundredth of their layer's
               largest rate  the `largest rate`, in steps of two from 1e-3, at which 100 steps without clipping end less
                             than half a nat above the lowest loss at smaller ones, and its loss
 score_norm    l2_norm_gelu, gelu_l2_norm or softmax (exp, then L1)
@@ -12,6 +13,7 @@ score_norm    l2_norm_gelu, gelu_l2_norm or softmax (exp, then L1)
 
 import math
 import statistics
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -37,6 +39,8 @@ def run(what: str, size: str, score_norm: str, lr: float, seed: int) -> dict[str
         torch.manual_seed(seed)
         shape = shape_of(size) | {"score_norm": score_norm, "vocab_size": 257, "max_seq_len": SEQ_LEN}
         model = TokenFormerLM(LMConfig(**shape)).to(DEVICE)
+        if "on_gradients" in more:
+            more["on_gradients"] = partial(more["on_gradients"], model)
         train(model, data, model.loss, "adamw", lr, steps, **more)
         return model
 
@@ -44,16 +48,31 @@ def run(what: str, size: str, score_norm: str, lr: float, seed: int) -> dict[str
         losses = {lr: math.log(257)}  # of a model that knows nothing
         while True:
             loss = validation_loss(trained(lr, scaled(SHORT_STEPS), clip=math.inf), held_out)
-            if not loss < min(losses.values()) + TOO_MUCH:
+            if loss < min(losses.values()) + TOO_MUCH:
+                losses[lr], lr = loss, 2 * lr
+            elif lr / 2 in losses:
                 return {"largest rate": lr / 2, "loss": losses[lr / 2]}
-            losses[lr], lr = loss, 2 * lr
-    norms = list[Tensor]()
+            else:  # the first one was too large
+                losses, lr = {lr / 2: math.log(257)}, lr / 2
+    norms = list[tuple[float, float, float]]()
+
+    def keep(model: TokenFormerLM, norm: Tensor) -> None:
+        clipped = max(1.0, float(norm))  # by so much
+        norms.append((float(norm), *(clipped * norm_of(model, part) for part in ("keys", "values"))))
+
     steps = scaled(STEPS)
-    model = trained(lr, steps, on_gradients=norms.append)
-    sizes = torch.stack(norms[max(1, steps // 10) :]).tolist()
+    model = trained(lr, steps, on_gradients=keep)
+    sizes, keys, values = zip(*norms[max(1, steps // 10) :], strict=True)
     mean = statistics.mean(sizes)
-    figures = {"norm": mean, "spread": statistics.stdev(sizes) / mean, "unused": unused(model, held_out)}
+    figures = {"norm": mean, "of keys": statistics.mean(keys), "of values": statistics.mean(values)}
+    figures |= {"spread": statistics.stdev(sizes) / mean, "unused": unused(model, held_out)}
     return figures | {"params": model.num_params(), "loss": validation_loss(model, held_out)}
+
+
+def norm_of(model: TokenFormerLM, part: str) -> float:
+    """The norm of the gradients of all keys or all values."""
+    found = [p.grad for name, p in model.named_parameters() if name.endswith(f".{part}") and p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(found))
 
 
 @torch.no_grad()

@@ -4,17 +4,18 @@ Table 8 and figure 7 of the paper. A base of 2 blocks of 48 channels is trained 
 (12 sequences of 128 a step, 1,400 steps, Muon at 8e-3), made larger, and trained on for a third of its steps by a new
 optimizer. Input and output matrices are two.
 
-method        what the Transformer gets; all have four times the parameters in their blocks then
-anchored      nothing: the TokenFormer of as many parameters gets four times the tokens, anchored
+model         tokenformer, or transformer of as many parameters
+method        what it gets; all have four times the parameters in their blocks then
+anchored      four times the tokens, anchored
 net2net       twice the channels, heads and hidden units, all of them copies, read in random shares (Chen et al. 2016)
-hypercloning  the same, read in halves with noise of a third of the weights' size (Samragh et al. 2024)
+hypercloning  the same, read in halves with noise 10 dB below them (Samragh et al. 2024)
 orthogonal    twice the channels, the old ones in random directions of them; new heads and hidden units write nothing
               yet
 zero padding  twice the channels, the new ones zero; new heads and hidden units write nothing yet; not exact, since a
               LayerNorm sees the zeros
 stacking      its blocks four times, one copy after the other (Gong et al. 2019); not exact
 none          nothing: trained on as it is
-scratch       the larger Transformer, `budget`: for the steps of the stage, or the FLOPs of base and stage
+scratch       the larger model from the start, `budget`: for the steps of the stage, or the FLOPs of base and stage
 
 TFLOP are those of all training from the start.
 """
@@ -39,39 +40,40 @@ BASES = Path("runs/studies/widening")
 STEPS, STAGE, RATE = 1400, 467, 8e-3
 
 
-def build(seed: int, baseline: str | None, factor: int = 1) -> TokenFormerLM:
-    """The base, or the Transformer of `factor` times its channels."""
+def build(model: str, seed: int, whole: bool = False) -> TokenFormerLM:
+    """The base, or what it is to become: four times the tokens, or twice the channels."""
     torch.manual_seed(seed)
-    sizes = shape_of("0.1M") | {"vocab_size": 257, "max_seq_len": SEQ_LEN, "tie_embeddings": False}
-    config = LMConfig(baseline=baseline, **sizes)  # type: ignore[arg-type]
-    return TokenFormerLM(wider(config, factor)).to(DEVICE)
+    shape = shape_of("0.1M") | {"vocab_size": 257, "max_seq_len": SEQ_LEN, "tie_embeddings": False}
+    if model == "transformer":
+        config = LMConfig(baseline="parameters", **shape)
+        return TokenFormerLM(wider(config, 2) if whole else config).to(DEVICE)
+    shape |= {name: (4 if whole else 1) * shape[name] for name in ("qkv_tokens", "proj_tokens", "ffn_tokens")}
+    return TokenFormerLM(LMConfig(**shape)).to(DEVICE)
 
 
-def run(method: str, optimizer: str, lr: float, seed: int, budget: str = "") -> dict[str, Any]:
+def run(model: str, method: str, optimizer: str, lr: float, seed: int, budget: str = "") -> dict[str, Any]:
     """Train a base, make it larger, train on: losses before and after, and at the end."""
     data = text(SEQ_LEN, BATCH_SIZE["bytes"], seed)
     loss = partial(validation_loss, data=text(SEQ_LEN, BATCH_SIZE["bytes"], 0))
-    baseline = None if method == "anchored" else "parameters"
-    model = build(seed, baseline)
-    base_flops = scaled(STEPS) * step_flops(model)
+    net = build(model, seed)
+    base_flops = scaled(STEPS) * step_flops(net)
     if method == "scratch":
-        model = build(seed, baseline, 2)
-        steps = scaled(STAGE) + (round(base_flops / step_flops(model)) if budget == "flops" else 0)
-        train(model, data, model.loss, optimizer, lr, steps)
-        return {"params": model.num_params(), "flops": steps * step_flops(model), "loss": loss(model)}
+        net = build(model, seed, whole=True)
+        steps = scaled(STAGE) + (round(base_flops / step_flops(net)) if budget == "flops" else 0)
+        train(net, data, net.loss, optimizer, lr, steps)
+        return {"params": net.num_params(), "flops": steps * step_flops(net), "loss": loss(net)}
 
     def trained() -> dict[str, Tensor]:
-        train(model, data, model.loss, "muon", RATE, scaled(STEPS))
-        return model.state_dict()
+        train(net, data, net.loss, "muon", RATE, scaled(STEPS))
+        return net.state_dict()
 
-    sizes = f"{model.config.dim}-{baseline}-{scaled(STEPS)}-{seed}"
-    model.load_state_dict(once(BASES / f"{sizes}.pt", trained))
-    before = loss(model)
-    model = larger(model, method, seed)
-    after = loss(model)
-    train(model, data, model.loss, optimizer, lr, scaled(STAGE), skip=scaled(STEPS))
-    flops = base_flops + scaled(STAGE) * step_flops(model)
-    return {"params": model.num_params(), "flops": flops, "before": before, "after": after, "loss": loss(model)}
+    net.load_state_dict(once(BASES / f"{model}-{net.config.dim}-{scaled(STEPS)}-{seed}.pt", trained))
+    before = loss(net)
+    net = larger(net, method, seed)
+    after = loss(net)
+    train(net, data, net.loss, optimizer, lr, scaled(STAGE), skip=scaled(STEPS))
+    flops = base_flops + scaled(STAGE) * step_flops(net)
+    return {"params": net.num_params(), "flops": flops, "before": before, "after": after, "loss": loss(net)}
 
 
 def step_flops(model: TokenFormerLM) -> int:
@@ -115,8 +117,9 @@ def clone(model: TokenFormerLM, wide: TokenFormerLM) -> None:
         if name == "embedding.weight" or weight.ndim == 1:
             new.copy_(weight.repeat(*(n // o for n, o in zip(new.shape, weight.shape, strict=True))))
             continue
-        noise = torch.randn(len(new), weight.shape[1]).to(weight) * weight.std() * 10**-0.5  # 10 dB below
         halves = weight.repeat(len(new) // len(weight), 1) / 2
+        noise = torch.randn(halves.shape).to(halves) * halves.std() * 10**-0.5  # 10 dB below
+        noise *= name != "lm_head.weight"
         new.copy_(torch.cat((halves + noise, halves - noise), dim=1))
 
 

@@ -147,7 +147,9 @@ class DifferentialAttention(SelfAttention):
         value, scale = value.repeat_interleave(2, dim=1), half**-0.5
         both = F.scaled_dot_product_attention(query, key, value, seen, is_causal=is_causal, scale=scale)
         first, second = both.unflatten(1, (self.num_heads, 2)).unbind(2)
-        return self.norm(first - self.weight().to(both.dtype) * second) * (1 - self.start)
+        mixed = first - self.weight().to(both.dtype) * second
+        weight = None if self.norm.weight is None else self.norm.weight.to(mixed.dtype)  # of another one under autocast
+        return F.rms_norm(mixed, self.norm.normalized_shape, weight, self.norm.eps) * (1 - self.start)
 
 
 class Block(nn.Module):

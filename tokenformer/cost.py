@@ -12,7 +12,7 @@ from torch import nn
 from tokenformer.backbone import Block, DifferentialAttention, block_matrices
 from tokenformer.baseline import MLP, LowRank
 from tokenformer.language import TokenFormerLM
-from tokenformer.loss import BLOCK_LOGITS, BLOCK_ROWS
+from tokenformer.loss import BLOCK_LOGITS, BLOCK_ROWS, KERNEL_BLOCK_BYTES
 from tokenformer.pattention import Pattention
 from tokenformer.sharding import Layout
 
@@ -179,8 +179,9 @@ def _block(block: Block, rotary: bool, T: int, wide: int, narrow: int, parts: in
     """Bytes that a block keeps for its backward pass, and that its largest layer's backward pass works with."""
     D, mixed, attention = block.attention_norm.normalized_shape[0], wide != narrow, block.attention
     kept = 2 * T * (D * wide + 8)  # the norms' inputs, means and deviations
-    if isinstance(attention, DifferentialAttention):  # padded q and k, v and out of both maps, out; the norm's input
-        kept += T * (9 * D * narrow + 4 * D + 12 * attention.num_heads)
+    if isinstance(attention, DifferentialAttention):  # padded q and k, v and out of both maps, out; the norm's
+        in_norm = 4 * D * (1 if attention.norm.weight is None else 2)  # input, and output before the weight
+        kept += T * (9 * D * narrow + in_norm + 12 * attention.num_heads)
     else:
         kept += T * ((5 if rotary else 4) * D * narrow + 4 * attention.num_heads)  # q, k, v, out (rotated: twice)
     widest = readers = beside = 0
@@ -224,4 +225,5 @@ def _loss(model: TokenFormerLM, T: int, wide: int, narrow: int) -> int:
     logits = 2 * single * rows * V  # and their log-softmax
     if rows < T:  # the gradient of the block before is still there
         logits += narrow * rows * V
+    logits = max(logits, min(KERNEL_BLOCK_BYTES, narrow * min(BLOCK_ROWS, T) * V))  # a GPU's blocks
     return logits + V * D * (single + (narrow if wide != narrow else 0)) + T * D * (wide + narrow)

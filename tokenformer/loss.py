@@ -20,14 +20,14 @@ IGNORE = -100  # a target that does not count
 # Logits of one block: 128 MiB in float32. And its rows: their gradients must not add up past float16's range.
 BLOCK_LOGITS, BLOCK_ROWS = 2**25, 2**13
 # On a GPU there is nothing but the logits themselves, and each block costs a pass over the gradient of the weights.
-KERNEL_BLOCK_LOGITS = 2**28
+KERNEL_BLOCK_BYTES = 2**29
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of ``softmax(hidden @ weight.T)`` over the targets that are not IGNORE.
 
     Holds at most BLOCK_LOGITS logits at a time in float32, in the backward pass too; on a GPU at most
-    KERNEL_BLOCK_LOGITS in the precision of `hidden`. Follows autocast.
+    KERNEL_BLOCK_BYTES of them in the precision of `hidden`. Follows autocast.
 
     Args:
         hidden: (T, D).
@@ -58,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        block = KERNEL_BLOCK_LOGITS if uses_kernels(hidden) else BLOCK_LOGITS
+        block = KERNEL_BLOCK_BYTES // hidden.itemsize if uses_kernels(hidden) else BLOCK_LOGITS
         for rows in _blocks(len(targets), len(weight), block):
             needs_grad = needs_hidden or needs_weight
             nats, grad = _nats_and_grad(hidden[rows] @ weight.T, targets[rows], needs_grad)
@@ -67,6 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
+            del grad  # or two blocks would be there at once
         ctx.save_for_backward(grad_hidden, grad_weight, num_targets)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total / num_targets

@@ -86,6 +86,7 @@ def _of_timm(saved: Mapping[str, Any], path: Path) -> tuple[TokenFormerViT, dict
     sizes["num_classes"] = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
     sizes["position"] = "learned" if "position" in tensors else "sincos"
     sizes["norm_affine"] = f"{block}attention_norm.weight" in tensors
+    sizes["attention"] = "differential" if f"{block}attention.lambda_q1" in tensors else "softmax"
     if f"{block}ffn.tau_gain" in tensors:
         sizes["scale"] = "learned"
     options = {"num_heads": SIZES[saved["arch"]][2]} | {n: v for n, v in options.items() if n in known} | sizes

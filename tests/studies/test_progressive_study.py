@@ -32,18 +32,22 @@ def test_budgets_are_those_that_are_said(tiny):
     third = tiny("scratch", stage=0.5, factor=3, budget="flops")
     assert third["flops"] == pytest.approx(60 * step[1] + 30 * step[3], abs=step[3] / 2)
     assert tiny("scratch", factor=6, budget="base")["flops"] == 60 * step[6]
+    twin = tiny("transformer", factor=6, budget="base")
+    assert (twin["params"], twin["flops"]) == pytest.approx((grown["params"], 60 * step[6]), rel=0.01)
     assert base["params"] == grown["params"] == flops["params"] > third["params"]
     assert flops["loss"] < stage["loss"]
 
 
 def test_it_grows_twice_as_its_method_says(tiny, monkeypatch):
-    seen, states = [], []
+    seen, states, taus = [], [], []
 
     def growing(model, method, factor, seed):
         loss = growth.validation_loss(model, text(growth.SEQ_LEN, growth.BATCH_SIZE, 0), 4)
         add_tokens(model, method, factor, seed)
         after = growth.validation_loss(model, text(growth.SEQ_LEN, growth.BATCH_SIZE, 0), 4)
-        seen.append((factor, model.backbone.blocks[0].attention.query.num_tokens, abs(after - loss) < 1e-5))
+        query = model.backbone.blocks[0].attention.query
+        seen.append((factor, query.num_tokens, abs(after - loss) < 1e-5))
+        taus.append(float(query.tau))
 
     def training(*arguments, state=None, **more):
         states.append(state and sorted(state["param_groups"][0]["param_names"]))
@@ -56,7 +60,8 @@ def test_it_grows_twice_as_its_method_says(tiny, monkeypatch):
     assert seen == [(3, 12, True), (2, 24, True)]
     assert len(states[1]) == 2 * len(states[0])  # of the second stage: also what the first has added
     assert row["loss"] < row["at x3"]
-    seen.clear(), states.clear()
+    seen.clear(), states.clear(), taus.clear()
     tiny("random", stage=0.5)
     assert seen == [(3, 12, False), (2, 24, False)]
     assert states == [None, None]
+    assert taus == pytest.approx([12**0.5, 24**0.5])

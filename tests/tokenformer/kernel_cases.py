@@ -221,7 +221,7 @@ def test_cross_entropy_and_its_gradient(dtype, V):
 
 @pytest.mark.parametrize("dtype", ERROR)
 def test_loss_is_that_of_torch(monkeypatch, dtype):
-    monkeypatch.setattr(loss_module, "KERNEL_BLOCK_LOGITS", 2 * 300)  # two rows and one
+    monkeypatch.setattr(loss_module, "KERNEL_BLOCK_BYTES", 2 * 300 * dtype.itemsize)  # two rows and one
     hidden, weight = (numbers(n, 16, seed=n).to(dtype).requires_grad_() for n in (5, 300))
     targets = torch.tensor([1, IGNORE, 299, 0, 17], device=DEVICE)
     found = []

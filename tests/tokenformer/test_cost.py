@@ -104,6 +104,7 @@ MODELS = {
     "grown": ({}, GROWTHS),
     "grown with norms of their own": ({}, tuple(growth | {"init": "segment_norm"} for growth in GROWTHS)),
     "differential attention": ({"attention": "differential"}, ()),
+    "differential, affine norms": ({"attention": "differential", "norm_affine": True}, ()),
     "transformer": ({"baseline": "parameters"}, ()),
     "transformer with LoRA": ({"baseline": "parameters"}, ({"lora": 64}, {"lora": 32})),
 }
@@ -155,9 +156,20 @@ def test_activations_in_float64():
 def test_activations_when_the_loss_takes_blocks_of_rows(precision, monkeypatch):
     for module in (loss_module, cost_module):
         monkeypatch.setattr(module, "BLOCK_LOGITS", 512 * 400)
+    monkeypatch.setattr(cost_module, "KERNEL_BLOCK_BYTES", 0)  # a GPU's, which are larger
     model = build({"depth": 1, "qkv_tokens": 8, "proj_tokens": 8, "ffn_tokens": 8}, precision)
     measured = measured_activations(model, precision, batch_size=8)
     assert activation_bytes(model, 8 * T, precision) == pytest.approx(measured, rel=0.05)
+
+
+def test_the_larger_blocks_of_a_gpu_are_planned_for(monkeypatch):
+    model = build({"vocab_size": 4000})
+    before = activation_bytes(model, 10 * T, "bf16-mixed")
+    monkeypatch.setattr(cost_module, "BLOCK_LOGITS", 1)  # a CPU's, of a row
+    assert activation_bytes(model, 10 * T, "bf16-mixed") < before
+    loss = cost_module._loss(model, 10 * T, 4, 2)
+    monkeypatch.setattr(cost_module, "KERNEL_BLOCK_BYTES", 2 * 4000 * 500)
+    assert loss - cost_module._loss(model, 10 * T, 4, 2) == 2 * 4000 * (10 * T - 500)
 
 
 def test_activations_grow_with_the_batch_and_not_with_devices():
