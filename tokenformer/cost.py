@@ -223,7 +223,5 @@ def _loss(model: TokenFormerLM, T: int, wide: int, narrow: int) -> int:
     (V, D), single = model.output_weight.shape, max(wide, 4)
     rows = max(1, min(BLOCK_LOGITS // V, BLOCK_ROWS, T))
     logits = 2 * single * rows * V  # and their log-softmax
-    if rows < T:  # the gradient of the block before is still there
-        logits += narrow * rows * V
     logits = max(logits, min(KERNEL_BLOCK_BYTES, narrow * min(BLOCK_ROWS, T) * V))  # a GPU's blocks
     return logits + V * D * (single + (narrow if wide != narrow else 0)) + T * D * (wide + narrow)
