@@ -253,22 +253,6 @@ def test_backward_twice_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("needs_grad", [True, False])
-def test_torch_compile_sees_one_op(needs_grad):
-    """And not what is written to files; torch 2.11 once took the one for the other."""
-    called = []
-
-    def backend(graph, inputs):
-        modules = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
-        called.extend(node.target for module in modules for node in module.graph.nodes if node.op == "call_function")
-        return graph
-
-    inputs = [torch.randn(n, 8, requires_grad=needs_grad) for n in (3, 6, 6)]
-    torch.compile(pattention, fullgraph=True, backend=backend)(*inputs)
-    assert torch.ops.tokenformer.attend in called
-    assert F.gelu not in called
-
-
 def test_compiles_into_one_graph():
     inputs = random_inputs()
     compiled = torch.compile(pattention, fullgraph=True, backend="inductor")
