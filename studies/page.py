@@ -138,12 +138,18 @@ def _mean(column: str) -> Callable[[list[Row]], str]:
     return lambda rows: f"{statistics.mean(float(row[column]) for row in rows):.3f}"
 
 
+def _speeds(rows: list[Row]) -> str:
+    shares = zip(*(row["speed"].split() for row in rows), strict=True)
+    return ", ".join(f"{statistics.median(map(float, share)):.1f}" for share in shares)
+
+
 FIGURES = ("learned", "forgotten", "at x3", "norm", "of keys", "of values", "spread", "unused", "largest rate")
 # What a line says beside the loss, where the rows have such a column: how far growth moved the loss, training FLOPs.
 OTHERS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "jump": ("after", _jump),
     **{name: (name, _mean(name)) for name in FIGURES},
     **{f"at {share}": (f"at {share}", _mean(f"at {share}")) for share in ("1", "0.9", "0.7", "0.5", "0.25")},
+    "times faster": ("speed", _speeds),
     "parameters": ("params", lambda rows: f"{int(rows[0]['params']):,}"),
     "TFLOP": ("flops", lambda rows: f"{float(rows[0]['flops']) / 1e12:.2f}"),
 }

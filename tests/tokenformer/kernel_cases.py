@@ -207,8 +207,9 @@ def test_cross_entropy_and_its_gradient(dtype, V):
     mine = sheet[1:7, 4 : V + 4]
     mine.copy_(logits)
     alone, beside_gradient = (cross_entropy(mine.clone(), targets, IGNORE, needs_grad) for needs_grad in (False, True))
-    # Two programs, which a GPU rounds by themselves: an ulp of 1 apart where almost nothing is left of it.
-    assert torch.allclose(alone, beside_gradient, rtol=1e-6, atol=2.5e-7)
+    # Two programs, which a GPU's compiler rounds by themselves: an ulp of 1 apart where almost nothing is left of it.
+    ulp = 0 if DEVICE == "cpu" else 1.2e-7
+    assert torch.allclose(alone, beside_gradient, rtol=ulp, atol=ulp)
     assert torch.equal(mine, logits)
     nats = cross_entropy(mine, targets, IGNORE, True)
     assert nats[1] == 0
