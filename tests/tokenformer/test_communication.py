@@ -4,10 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenformer import LMConfig, TokenFormerLM, grow
@@ -118,28 +115,23 @@ class Collectives(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("grown", [False, True])
-def test_fsdp2_calls_these_collectives(grown):
+def test_fsdp2_calls_these_collectives(eight_processes, grown):
     """Sharded, and grown afterwards, as by `sharding.py`; on 8 devices most parameters have odd rows."""
     torch.manual_seed(0)
-    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
-    try:
-        mesh = init_device_mesh("cpu", (8,))
-        model = build("cpu")
-        for block in model.backbone.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        old = set(model.modules())
-        if grown:
-            grow(model, **GROWN)
-        for segment in set(model.modules()) - old:
-            fully_shard(segment, mesh=mesh, reshard_after_forward=False)
-        register_fsdp_forward_method(model, "loss")
-        ids = torch.zeros(2, 16, dtype=torch.long)
-        with Collectives() as counted:
-            for _ in range(3):
-                model.loss(ids, ids).backward()
-    finally:
-        dist.destroy_process_group()
+    model = build("cpu")
+    for block in model.backbone.blocks:
+        fully_shard(block, mesh=eight_processes)
+    fully_shard(model, mesh=eight_processes)
+    old = set(model.modules())
+    if grown:
+        grow(model, **GROWN)
+    for segment in set(model.modules()) - old:
+        fully_shard(segment, mesh=eight_processes, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "loss")
+    ids = torch.zeros(2, 16, dtype=torch.long)
+    with Collectives() as counted:
+        for _ in range(3):
+            model.loss(ids, ids).backward()
     model = build()
     if grown:
         grow(model, **GROWN)

@@ -5,12 +5,9 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -194,14 +191,6 @@ def test_weights_gradients_and_moments_are_those_of_adamw(precision):
     assert memory.gradients == sum(gradient.nbytes for gradient in gradients)
     assert memory.optimizer == sum(moment.nbytes for moment in moments)
     assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
-
-
-@pytest.fixture
-def eight_processes():
-    """A process group of one process that believes in seven others: sizes are right, contents are not."""
-    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
-    yield init_device_mesh("cpu", (8,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
