@@ -42,7 +42,10 @@ VERDICTS = ("held", "held in part", "not held", "can't be said here")
 def page() -> str:
     """The whole page."""
     studies = [Study(path.stem) for path in sorted(FOLDER.glob("*.yaml"))]
-    return HEAD + claims(studies) + advice(studies) + BELOW + "".join(map(section, studies))
+    firsts: dict[str, str] = {}  # the first study of each module
+    before = [firsts.setdefault(study.module, study.name) for study in studies]
+    sections = (section(s, "" if s.name == first else first) for s, first in zip(studies, before, strict=True))
+    return HEAD + claims(studies) + advice(studies) + BELOW + "".join(sections)
 
 
 def advice(studies: Sequence[Study]) -> str:
@@ -100,8 +103,8 @@ def short(study: Study, some: Settings) -> str:
     return f"{statistics.mean(found):.3f} ({min(found):.3f}-{max(found):.3f})" if found else ""
 
 
-def section(study: Study) -> str:
-    """What a study asks, and its table."""
+def section(study: Study, words_of: str = "") -> str:
+    """What a study asks, and its table; its words are said already where `words_of` names an earlier study."""
     names = [name for name in study.columns if name not in ("lr", "seed")]
     cells = [{name: cell.get(name, "") for name in names} for cell in study.cells]
     shown = [name for name in names if len({cell[name] for cell in cells}) > 1]
@@ -113,6 +116,8 @@ def section(study: Study) -> str:
     ]
     about = (importlib.import_module(study.module).__doc__ or "").strip()
     text = f"```text\n{about}\n```\n\n" if about else ""
+    if words_of:
+        text = f"The words are those of `{words_of}`, above.\n\n"
     picture = f"![{study.name}](study/{study.name}.svg)\n\n" if study.picture and draw(study) else ""
     laws = table(study) if study.laws else ""
     return f"\n## {study.name}: {study.question}\n\n{text}{picture}" + "\n".join(lines) + f"\n{laws}"
