@@ -22,7 +22,7 @@ from benchmarks.check import is_worse, pairs
 from benchmarks.harness import RESULTS, ROOT, Row, key, read_rows
 
 NAMES = ("operator", "memory", "training", "context", "vit", "generation", "data", "optimizer", "start", "scaling")
-NAMES += ("growth", "images", "correctness")
+NAMES += ("growth", "images", "correctness", "others")
 CHECKED = ("operator", "memory", "training", "context", "vit", "generation", "data", "optimizer", "start", "growth")
 
 
