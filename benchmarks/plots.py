@@ -74,7 +74,7 @@ def generation(axes: Axes, rows: list[Row]) -> None:
 DRAWN: dict[str, tuple[Callable[[Axes, list[Row]], None], str]] = {
     "operator": (operator, ""),
     "context": (context, ""),
-    "generation": (generation, "Transformer baseline"),  # one row of each case is enough
+    "generation": (generation, "without the cache"),  # one row of each case is enough
 }
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'tokenformer[hf]'")
 
@@ -87,6 +88,17 @@ def test_generate_in_all_its_ways(folder, model):
     first = model.generate(IDS, **greedily | {"max_new_tokens": 3}, return_dict_in_generate=True)
     on = model.generate(first.sequences, past_key_values=first.past_key_values, **greedily | {"max_new_tokens": 5})
     assert torch.equal(on, expected)
+
+
+def test_a_step_with_a_static_cache_is_compiled_once(model, monkeypatch):
+    """One graph of the prompt and one of all steps after it, each whole."""
+    greedily = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    expected, counter = model.generate(IDS, **greedily), CompileCounter()
+    torch.compiler.reset()
+    monkeypatch.setattr(model, "forward", torch.compile(model.forward, backend=counter, fullgraph=True))
+    assert torch.equal(model.generate(IDS, **greedily), expected)
+    assert counter.frame_count == 2
+    assert model._can_compile_fullgraph
 
 
 def test_a_text_may_grow_past_the_context(folder, model):
