@@ -15,6 +15,7 @@ attention   softmax unless it is said; or differential (arXiv 2410.05258), with 
 augment     images: published, RandAugment, mixup and CutMix as for ImageNet; else flips and crops
 seq_len     bytes of a sequence, 4,096 in a step; else 12 sequences of 128
 norms       LayerNorms inside blocks: without weight and bias unless it is said; bias, or affine (both)
+precision   of matrix products in training: float32 unless it is said; bfloat16, by autocast
 
 TFLOP are those of the training's matrix products. `cpu_seconds` in the results are those of all its threads, with its
 data, validation left out.
@@ -63,6 +64,7 @@ def run(
     attention: str = "softmax",
     augment: str = "",
     seq_len: int | str = "",
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """Train one model; the figures of its row."""
     torch.manual_seed(seed)
@@ -97,13 +99,14 @@ def run(
         return 3 * batch_size * int(sample)
 
     start, done, flops, state = time.process_time(), 0, 0, None
+    products: torch.dtype = getattr(torch, precision)
     net.to(DEVICE)
     if model == "grown":
         done = scaled(steps) // 2
-        state, flops = train(net, data, loss_of, optimizer, lr, done), done * step_flops()
+        state, flops = train(net, data, loss_of, optimizer, lr, done, precision=products), done * step_flops()
         stds = matched_stds(net, data, loss_of)
         grow_layers(net, plan_growth(net, {}, factor=2), init="anchored", seed=seed, key_stds=stds)
-    train(net, data, loss_of, optimizer, lr, scaled(steps) - done, skip=done, state=state)
+    train(net, data, loss_of, optimizer, lr, scaled(steps) - done, skip=done, state=state, precision=products)
     flops += (scaled(steps) - done) * step_flops()
     seconds = time.process_time() - start
     net.eval()
