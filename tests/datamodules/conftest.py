@@ -1,7 +1,8 @@
-"""A prepared data module on the small corpus."""
+"""A prepared data module on the small corpus; two folders of images."""
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from datamodules.text import TextDataModule
 
@@ -24,3 +25,28 @@ def documents_of(ids, tokenizer):
     pieces = np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text) + 1)
     assert len(pieces[-1]) == 0  # every document ends in the end-of-text token
     return [tokenizer.decode(piece.tolist()) for piece in pieces[:-1]]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """23 images of noise in 3 classes, no two of a size, as train/ and as val/."""
+    root = tmp_path_factory.mktemp("noise")
+    draw = np.random.default_rng(0)
+    for i in range(23):
+        path = root / "train" / f"class{i % 3}" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (20 + i, 43 - i, 3), dtype=np.uint8)).save(path)
+    (root / "val").symlink_to(root / "train")
+    return root
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """12 images, each all in the color of its class."""
+    root = tmp_path_factory.mktemp("plain")
+    for i in range(12):
+        path = root / "train" / f"class{i % 3}" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), ((200, 0, 0), (0, 200, 0), (0, 0, 200))[i % 3]).save(path)
+    (root / "val").symlink_to(root / "train")
+    return root
