@@ -4,8 +4,12 @@ import pytest
 import torch
 from PIL import Image
 
+from lit_modules.cli import main
+from tests.integration.growing import fit
+from tests.integration.tiny import GROW_ONCE, write_vision
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of three classes, 30 images to train on and 23 to validate: dark, middling, bright."""
     folder = tmp_path_factory.mktemp("images")
@@ -18,3 +22,12 @@ def images(tmp_path_factory):
                 pixels = (noise + (150, 0, 75)[label]).to(torch.uint8).numpy()
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, images):
+    """(config, run folder) of a run that has grown and learned."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_vision(folder, images, [GROW_ONCE, {"class_path": "LossCurve"}])
+    main(fit(config, folder / "run", "--trainer.max_steps=40", "--trainer.val_check_interval=20"))
+    return config, folder / "run"

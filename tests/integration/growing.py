@@ -6,6 +6,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.integration.tiny import rows, write_config
 
+MUON = ["--model.optim.name=muon", "--model.optim.lr_adamw=2e-3"]
 STAGES = [{"at_step": 6, "qkv": 32, "proj": 32, "ffn": 64}, {"at_step": 10, "factor": 2.0}]
 COLUMNS = ("train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/flops", "train/stage_flops", "val/loss")
 

@@ -1,4 +1,4 @@
-"""Checkpoints out to folders, released checkpoints in, and on from there with the commands.
+"""Checkpoints out to folders, and on from there with the commands.
 
 One file: the tests share a trained run, which takes seconds to make.
 """
@@ -19,7 +19,7 @@ import torch
 import yaml
 from PIL import Image
 from pyarrow.parquet import read_table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.utils import CheckpointSaver
 from transformers import pipeline
 
@@ -31,16 +31,13 @@ from lit_modules.checkpoints.validation import checksums, find_corruption, lates
 from lit_modules.checkpoints.writing import AtomicCheckpointIO
 from lit_modules.cli import console, main
 from lit_modules.commands.predict import described
-from lit_modules.commands.tokenizers import save_tokenizer, tokenizer_of
 from lit_modules.modules.loading import load_model, module_from_checkpoint
 from lit_modules.strategies.fsdp2 import FSDP2
-from tests.conftest import ASSETS
 from tests.integration.growing import checkpoint_of, config_of, contents, fit
 from tests.integration.tiny import TINY_VISION, rows
 from tokenformer import TokenFormerLM, TokenFormerViT, from_pretrained, grow
 from tokenformer.interop import consolidated_state, load_initial_weights
 
-GOLDEN = ASSETS / "golden_lm_small.safetensors"
 IDS = torch.arange(24).view(2, 12)
 EMA = ("--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9")
 
@@ -213,64 +210,6 @@ def test_the_wrong_kind_of_file_names_the_command(run, tmp_path, monkeypatch):
             main([command, "--help"])
 
 
-def golden_weights():
-    return {name: t for name, t in load_file(GOLDEN).items() if name.startswith("sequential.")}
-
-
-@pytest.mark.parametrize("layout", ["bin", "folder", "safetensors folder", "shards"])
-def test_a_released_checkpoint_is_imported(layout, golden_lm, tmp_path, capsys):
-    source, weights = tmp_path / "released", golden_weights()
-    source.mkdir()
-    if layout == "safetensors folder":
-        save_file(weights, source / "model.safetensors")
-    elif layout == "shards":
-        names = sorted(weights)
-        shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
-        for file, held in shards.items():
-            torch.save({name: weights[name] for name in held}, source / file)
-        index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
-        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    else:
-        torch.save(weights, source / "pytorch_model.bin")
-    path = source / "pytorch_model.bin" if layout == "bin" else source
-    main(["import", str(path), "--out", str(tmp_path / "ours"), "--num_heads", "4"])
-    assert "140,416 parameters" in capsys.readouterr().out
-    model = from_pretrained(tmp_path / "ours").double()
-    torch.testing.assert_close(model(golden_lm["input_ids"]), golden_lm["logits_f64"], rtol=0, atol=1e-12)
-    assert "| parameters | 140,416 |" in (tmp_path / "ours/README.md").read_text()
-
-
-def test_what_can_not_be_imported_is_refused(tmp_path, shared_data):
-    command = ["--out", str(tmp_path / "out"), "--num_heads", "4"]
-    zero = tmp_path / "zero"
-    (zero / "global_step10").mkdir(parents=True)
-    (zero / "global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
-    with pytest.raises(ValueError, match=r"python zero_to_fp32\.py"):
-        main(["import", str(zero), *command])
-    with pytest.raises(ValueError, match=r"wanted is .* pytorch_model\.bin or model\.safetensors in a folder"):
-        main(["import", str(tmp_path), *command])
-    index = {"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"not there: pytorch_model-00001-of-00001\.bin"):
-        main(["import", str(tmp_path), *command])
-
-    class Evil:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "was here",)
-
-    torch.save({"a": Evil()}, tmp_path / "evil.bin")
-    with pytest.raises(ValueError, match="might run code"):
-        main(["import", str(tmp_path / "evil.bin"), *command])
-    assert not (tmp_path / "was here").exists()
-    (tmp_path / "half.bin").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"half\.bin is .*; corrupted, or no file of tensors"):
-        main(["import", str(tmp_path / "half.bin"), *command])
-    neox = str(shared_data / "tokenizer/gpt-neox-20b/tokenizer.json")
-    with pytest.raises(ValueError, match="makes ids up to 50276, the model has 128"):
-        main(["import", str(GOLDEN), *command, "--tokenizer", neox])
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_folder_is_trained_on(run, tmp_path):
     """It starts where the exported run ended, whatever its segments; the run of an untouched model gives it back."""
     config, run_dir = run
@@ -342,17 +281,6 @@ def test_checkpoints_of_a_training_are_read_as_they_are(run, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_initial_weights(other, tmp_path / file)
-
-
-def test_an_imported_model_grows(tmp_path, golden_lm):
-    main(["import", str(GOLDEN), "--out", str(tmp_path / "ours"), "--num_heads", "4"])
-    save_tokenizer(ByteTokenizer(), tmp_path / "ours", 32)
-    main(["grow", str(tmp_path / "ours"), "--factor", "2", "--out", str(tmp_path / "grown")])
-    grown = from_pretrained(tmp_path / "grown")
-    torch.testing.assert_close(grown(golden_lm["input_ids"]), golden_lm["logits_f32"], rtol=0, atol=5e-6)
-    assert grown.config.ffn_tokens == 320
-    assert tokenizer_of(tmp_path / "grown").vocab_size == 257
-    assert "140,416 -> " in (tmp_path / "grown/README.md").read_text()
 
 
 def test_an_image_model_is_exported(tmp_path, monkeypatch):

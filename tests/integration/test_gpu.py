@@ -1,6 +1,6 @@
 """The precision matrix on a GPU: every precision x one device, DDP, FSDP2, each growing and resumed.
 
-Without a GPU the cells but 16-mixed run in test_growing_resumed.py.
+Without a GPU the cells but 16-mixed run in test_growing_in_processes.py.
 """
 
 import csv
