@@ -164,7 +164,7 @@ def test_a_sharded_checkpoint_is_exported(corpus, tmp_path):
 
 def test_the_wrong_kind_of_file_names_the_command(run, tmp_path, monkeypatch):
     golden = tmp_path / "golden.safetensors"
-    golden.write_bytes(GOLDEN.read_bytes())
+    golden.write_bytes((ASSETS / "golden_lm_small.safetensors").read_bytes())
     exported, out = tmp_path / "exported", ["--out", str(tmp_path / "out")]
     main(["export", str(checkpoint_of(run[1], 14)), "--out", str(exported)])
     torch.save({"weight": torch.zeros(1)}, tmp_path / "pytorch_model.pt")
