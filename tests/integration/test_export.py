@@ -33,6 +33,7 @@ from lit_modules.cli import console, main
 from lit_modules.commands.predict import described
 from lit_modules.modules.loading import load_model, module_from_checkpoint
 from lit_modules.strategies.fsdp2 import FSDP2
+from tests.conftest import ASSETS
 from tests.integration.growing import checkpoint_of, config_of, contents, fit
 from tests.integration.tiny import TINY_VISION, rows
 from tokenformer import TokenFormerLM, TokenFormerViT, from_pretrained, grow
