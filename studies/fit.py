@@ -51,10 +51,7 @@ def table(study: Study) -> str:
     head = ["model", "exponent over parameters", "over FLOPs", *(f"predicted at {name}" for name in PREDICTED)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for model in models:
-        cells = [
-            {name: cell.get(name, "") for name in study.columns if name not in ("lr", "seed")} for cell in study.cells
-        ]
-        sizes = [study.best(**cell) for cell in cells if cell["model"] == model]
+        sizes = [study.best(cell) for cell in study.cells if cell["model"] == model]
         if not all(sizes):
             lines.append(f"| {model} | not run yet |" + " |" * (len(head) - 2))
             continue

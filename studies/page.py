@@ -96,8 +96,7 @@ def short(study: Study, some: Settings) -> str:
     cell, *others = sorted((cell for cell in study.cells if wanted.items() <= cell.items()), key=len)
     if others and len(others[0]) == len(cell):
         raise ValueError(f"{study.name}: {wanted} are settings of several cells")
-    rows = study.best(**{name: cell.get(name, "") for name in study.columns if name not in ("lr", "seed")})
-    found = [float(row[some.get("figure", "loss")]) for row in rows]
+    found = [float(row[some.get("figure", "loss")]) for row in study.best(cell)]
     if found and min(found) > 1e6:
         return f"{statistics.mean(found) / 1e12:.1f} T"
     return f"{statistics.mean(found):.3f} ({min(found):.3f}-{max(found):.3f})" if found else ""
@@ -105,14 +104,13 @@ def short(study: Study, some: Settings) -> str:
 
 def section(study: Study, words_of: str = "") -> str:
     """What a study asks, and its table; its words are said already where `words_of` names an earlier study."""
-    names = [name for name in study.columns if name not in ("lr", "seed")]
-    cells = [{name: cell.get(name, "") for name in names} for cell in study.cells]
-    shown = [name for name in names if len({cell[name] for cell in cells}) > 1]
+    shown = [name for name in study.settings if len({cell.get(name, "") for cell in study.cells}) > 1]
     others = [name for name, (column, _) in OTHERS.items() if any(row.get(column) for row in study.rows)]
     head = [*shown, "rate", "loss", *others]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [
-        f"| {' | '.join([*(str(cell[name]) for name in shown), *figures(study, cell, others)])} |" for cell in cells
+        f"| {' | '.join([*(str(cell.get(name, '')) for name in shown), *figures(study, cell, others)])} |"
+        for cell in study.cells
     ]
     about = (importlib.import_module(study.module).__doc__ or "").strip()
     text = f"```text\n{about}\n```\n\n" if about else ""
@@ -125,7 +123,7 @@ def section(study: Study, words_of: str = "") -> str:
 
 def figures(study: Study, cell: Settings, others: Sequence[str]) -> list[str]:
     """Best rate; mean and seeds of the loss; some of OTHERS."""
-    rows = study.best(**cell)
+    rows = study.best(cell)
     if not rows:
         return ["", "not run yet", *("" for _ in others)]
     losses = [float(row["loss"]) for row in rows]

@@ -57,7 +57,7 @@ def points_of(study: Study, x: str, lines: list[str]) -> dict[str, list[Point]]:
     """The points of each line that are measured."""
     found = defaultdict(list)
     for cell in study.cells:
-        rows = study.best(**{name: cell.get(name, "") for name in study.columns if name not in ("lr", "seed")})
+        rows = study.best(cell)
         if rows:
             label = ", ".join(str(cell[name]) for name in lines if cell.get(name, "") != "")
             found[label].append((float(rows[0][x]), [float(row["loss"]) for row in rows]))

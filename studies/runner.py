@@ -51,8 +51,9 @@ class Study:
         self.picture: Settings = spec.get("picture", {})
         self.module, self.seeds = f"studies.{spec['run']}", spec["seeds"]
         self.cells = [cell for product in spec["cells"] for cell in expand(product)]
-        self.columns = list(dict.fromkeys(name for cell in self.cells for name in cell if name != "lr_near"))
-        self.columns = [name for name in self.columns if name != "lr"] + ["lr", "seed"]
+        names = dict.fromkeys(name for cell in self.cells for name in cell)
+        self.settings = [name for name in names if name not in ("lr", "lr_near")]  # that tell cells apart
+        self.columns = [*self.settings, "lr", "seed"]
         self.scale = scale
         self.path = folder / "results" / (f"{name}.csv" if scale == 1 else f"{name}-x{scale:g}.csv")
         self.rows: list[Row] = list(csv.DictReader(self.path.open(newline=""))) if self.path.exists() else []
@@ -115,16 +116,10 @@ class Study:
                 return row
         return None
 
-    def best(self, **some: Any) -> list[Row]:
-        """The rows of the one cell with these settings, among others, at its best rate; one a seed, all seeds or none.
-
-        Raises:
-            ValueError: when the settings fit more than one cell.
-        """
-        rows = [row for row in self.rows if all(row.get(name, "") == str(value) for name, value in some.items())]
-        others = [name for name in self.columns if name not in (*some, "lr", "seed")]
-        if len({tuple(row.get(name, "") for name in others) for row in rows}) > 1:
-            raise ValueError(f"{some} fit more than one cell: give {', '.join(others)} too")
+    def best(self, cell: Settings) -> list[Row]:
+        """The rows of a cell at its best rate, one a seed; none unless all seeds are there."""
+        wanted = {name: str(cell.get(name, "")) for name in self.settings}
+        rows = [row for row in self.rows if all(row.get(name, "") == value for name, value in wanted.items())]
         by_rate = {row["lr"]: [r for r in rows if r["lr"] == row["lr"]] for row in rows}
         complete = [found for found in by_rate.values() if len(found) == self.seeds]
         return min(complete, key=lambda found: float(found[0]["loss"]), default=[])
