@@ -5,7 +5,7 @@
     python -m studies growth --scale 8     # eight times the steps and three times the widths: for a GPU
     python -m studies growth --jobs 8 --submit --time=8:00:00 --partition=long    # as a Slurm job; the rest is sbatch's
     python -m studies page                 # make docs/study.md from all results
-    python -m studies smoke                # each cell of all studies with 21 steps, or a few more; keeps nothing
+    python -m studies smoke                # each cell of all studies with 6 steps, or a few more; keeps nothing
 
 It may be stopped at any time, at the cost of the trainings that run.
 """
@@ -21,9 +21,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from studies import page
-from studies.runner import FOLDER, Study
+from studies.runner import FOLDER, Study, trainers
 
-SMOKE = 0.005  # of the steps: as few as a warm-up leaves
+SMOKE = 0.005  # of the steps
 
 
 def main() -> None:
@@ -83,11 +83,12 @@ def submit(study: Study, jobs: int, options: list[str]) -> None:
 
 def smoke(names: list[str]) -> None:
     """A short training of each cell of these studies, at the rate where its search begins, and the tables of them."""
-    with TemporaryDirectory() as folder, contextlib.chdir(folder):  # where what is trained once is kept
+    jobs = os.cpu_count() or 1
+    with TemporaryDirectory() as folder, contextlib.chdir(folder), trainers(jobs, SMOKE) as processes:
         for name in names:
             shutil.copy(FOLDER / f"{name}.yaml", folder)
             (study := Study(name, Path(folder), SMOKE)).seeds = 1
-            study.measure(os.cpu_count() or 1, search_rates=False)
+            study.measure_in(processes, jobs, search_rates=False)
             print(page.section(study))
 
 

@@ -43,7 +43,7 @@ from lit_modules.modules.loading import load_model
 from studies.runner import ROOT
 from studies.training import scaled, widened
 
-STEPS = scaled(200)  # of a phase
+STEPS = max(21, scaled(200))  # of a phase; one more than the warm-up has
 # Real text that lies beside the project, or what the Hugging Face hub has of its kind.
 TEXTS = ROOT.parent / "shared/data/text"
 SOURCES = {

@@ -30,7 +30,7 @@ from torch import Tensor
 from lit_modules.callbacks import ElasticTokens
 from lit_modules.commands.inspect_inputs import Batch
 from lit_modules.commands.shrink import rank
-from studies.training import DEVICE, once, scaled, text, train, validation_loss, widened
+from studies.training import DEVICE, LEAST, once, scaled, text, train, validation_loss, widened
 from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.elastic import elastic_layers, first, shrunk, use_first
 from tokenformer.pruning import keep_tokens
@@ -64,7 +64,7 @@ def run(model: Literal["tokenformer", "transformer"], method: str, lr: float, se
             return shrunk(net, share)
         if share < 1:
             keep_tokens(net, rank(net, Shown(net, data), share, "gradient" if method == "gradient" else "use")[0])  # type: ignore[arg-type]
-        return go(net, max(21, STEPS // 10), lr / 10, skip=STEPS) if method.endswith("trained") else net
+        return go(net, max(LEAST, STEPS // 10), lr / 10, skip=STEPS) if method.endswith("trained") else net
 
     @cache
     def elastic() -> TokenFormerLM:

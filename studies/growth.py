@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from studies.training import DEVICE, matched_stds, once, scaled, text, train, validation_loss, widened
+from studies.training import DEVICE, LEAST, matched_stds, once, scaled, text, train, validation_loss, widened
 from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.growth import grow_layers, pattention_layers, plan_growth
 from tokenformer.pattention import Pattention
@@ -94,7 +94,7 @@ def run(
         train(model, data, model.loss, optimizer, lr, steps, precision=getattr(torch, precision), **more)
 
     base_steps = BASE_STEPS[size]
-    steps = max(21, round(stage * base_steps))
+    steps = max(LEAST, round(stage * base_steps))
     model = build(size, seed)
     base_flops = base_steps * step_flops(model)
     if kind == "base":

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from studies.growth import BASE_STEPS, BATCH_SIZE, SEQ_LEN, base, build, step_flops
-from studies.training import DEVICE, matched_stds, text, train, validation_loss
+from studies.training import DEVICE, LEAST, matched_stds, text, train, validation_loss
 from tokenformer import TokenFormerLM
 from tokenformer.growth import ScaleAfter, grow_layers, plan_growth
 
@@ -41,7 +41,7 @@ def run(
     data = text(SEQ_LEN, BATCH_SIZE, seed)
     loss = partial(validation_loss, data=text(SEQ_LEN, BATCH_SIZE, 0))
     sizes = {times: step_flops(build(size, seed, times)) for times in (1, *FACTORS)}
-    steps = max(21, round(float(stage or 1) * BASE_STEPS[size]))
+    steps = max(LEAST, round(float(stage or 1) * BASE_STEPS[size]))
     if method in ("scratch", "transformer"):
         times = int(factor)
         before = BASE_STEPS[size] * sizes[1] + sum(steps * sizes[less] for less in FACTORS if less < times)

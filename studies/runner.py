@@ -59,9 +59,13 @@ class Study:
         self.rows: list[Row] = list(csv.DictReader(self.path.open(newline=""))) if self.path.exists() else []
         self._writing = threading.Lock()
 
-    def measure(self, jobs: int = 1, search_rates: bool = True) -> None:
-        """Measure what is missing, `jobs` trainings at a time; else each at the rate where a search would begin."""
-        threads = max(1, len(os.sched_getaffinity(0)) // jobs)  # what Slurm has given, not what is there
+    def measure(self, jobs: int = 1) -> None:
+        """Measure what is missing, `jobs` trainings at a time."""
+        with trainers(jobs, self.scale) as processes:
+            self.measure_in(processes, jobs)
+
+    def measure_in(self, processes: ProcessPoolExecutor, jobs: int, search_rates: bool = True) -> None:
+        """Measure what is missing, each at its best rate; else at the one where a search would begin."""
         failed = threading.Event()
 
         def measure_cell(cell: Settings) -> None:
@@ -72,10 +76,7 @@ class Study:
                     failed.set()  # before this thread takes the next cell
                     raise
 
-        with (
-            ProcessPoolExecutor(jobs, get_context("spawn"), prepare, (threads, self.scale)) as processes,
-            ThreadPoolExecutor(jobs) as searches,
-        ):
+        with ThreadPoolExecutor(jobs) as searches:
             try:
                 for done in [searches.submit(measure_cell, cell) for cell in self.cells]:
                     done.result()
@@ -146,6 +147,12 @@ def search(loss: Any, near: float) -> float:
         if lowest == best or len(tried) > 30:
             return best
         best = lowest
+
+
+def trainers(jobs: int, scale: float) -> ProcessPoolExecutor:
+    """Processes for so many trainings at a time, which share the cores."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)  # what Slurm has given, not what is there
+    return ProcessPoolExecutor(jobs, get_context("spawn"), prepare, (threads, scale))
 
 
 def prepare(threads: int, scale: float) -> None:

@@ -23,11 +23,12 @@ from tokenformer.matched_keys import matched_key_stds, measuring_scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = float(os.environ.get("STUDY_SCALE", "1"))  # `--scale`
+LEAST = 6  # steps of a training, however small the scale
 
 
 def scaled(steps: int) -> int:
     """So many steps, times the scale of a larger machine, or of a trial."""
-    return max(21, round(steps * SCALE))
+    return max(LEAST, round(steps * SCALE))
 
 
 def widened(size: int) -> int:

@@ -34,7 +34,7 @@ def test_seeds_of_a_size_are_one_point():
     def exponent(seeds):
         rows = {n: [{"params": n, "flops": n, "loss": 5 * n**-0.08 * shift[n]}] * seeds for n in SIZES}
         cells = [{"model": "a", "size": n} for n in SIZES]
-        study = SimpleNamespace(cells=cells, columns=["model", "size"], best=lambda model, size: rows[size])
+        study = SimpleNamespace(cells=cells, best=lambda cell: rows[cell["size"]])
         return table(study).splitlines()[-1]
 
     assert exponent(1) == exponent(3)
@@ -45,8 +45,7 @@ def test_the_table_has_a_law_of_each_model_and_says_what_is_missing():
     measured = {size: [{"params": size, "flops": 10 * size, "loss": 5 * size**-0.1}] for size in SIZES}
     study = SimpleNamespace(
         cells=cells,
-        columns=["model", "size", "lr", "seed"],
-        best=lambda model, size: measured[size] if model == "a" else [],
+        best=lambda cell: measured[cell["size"]] if cell["model"] == "a" else [],
     )
     text = table(study)
     a = f"| a | 0.100 \u00b1 0.000 | 0.100 \u00b1 0.000 | {5 * 124e6**-0.1:.3f} |"
