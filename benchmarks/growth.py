@@ -24,9 +24,11 @@ GROWN = {
     "3 segments, zero_keys": ([0.5, 1.0], "zero_keys"),
     "2 segments, norms of their own": ([1.0], "pairs"),
     "3 segments, norms of their own": ([0.5, 1.0], "pairs"),
+    "2 segments, anchored": ([1.0], "anchored"),
+    "3 segments, anchored": ([0.5, 1.0], "anchored"),
 }
 GROWTH = ("seconds of the growth 124M -> 354M", "5 s")
-KINDS = ("zero_keys", "segment_norm", "pairs")
+KINDS = ("zero_keys", "segment_norm", "pairs", "anchored")
 
 
 def steps_after(name: str) -> tuple[str, str]:
