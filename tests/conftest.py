@@ -4,6 +4,8 @@ import os
 import random
 from pathlib import Path
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process that compiles starts a pool
+
 import pytest
 import torch
 from safetensors.torch import load_file

@@ -1,5 +1,6 @@
 """The runner for a GPU on toy cases of the CPU: order, time limit, what fails, a kill in the middle, going on."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,10 @@ import pytest
 from benchmarks import gpu
 from benchmarks.harness import is_measured, read_rows
 from tests.conftest import ROOT
+
+# Workers are forks of one process that has imported torch, which takes seconds.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["benchmarks.gpu"])
 
 TOY = """
 import os, time
@@ -42,6 +47,7 @@ def toys(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "stored")
     monkeypatch.setattr(gpu, "START", 15.0)
+    monkeypatch.setattr(gpu, "get_context", lambda _: FORKED)
     monkeypatch.syspath_prepend(tmp_path)
     package = f"toys{time.time_ns()}"  # a name that this process has not imported yet
     (tmp_path / package).mkdir()

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from lit_modules.cli import main
-from tests.integration.growing import fit
+from tests.integration.growing import fit, saving
 from tests.integration.tiny import GROW_ONCE, write_vision
 
 
@@ -29,5 +29,6 @@ def trained(tmp_path_factory, images):
     """(config, run folder) of a run that has grown and learned."""
     folder = tmp_path_factory.mktemp("trained")
     config = write_vision(folder, images, [GROW_ONCE, {"class_path": "LossCurve"}])
-    main(fit(config, folder / "run", "--trainer.max_steps=40", "--trainer.val_check_interval=20"))
+    length = ["--trainer.max_steps=40", "--trainer.val_check_interval=20"]
+    main(fit(config, folder / "run", *length, *saving(every=3)))  # 3 and 40 are looked at
     return config, folder / "run"

@@ -8,12 +8,13 @@ from tests.integration.tiny import rows, write_config
 
 MUON = ["--model.optim.name=muon", "--model.optim.lr_adamw=2e-3"]
 STAGES = [{"at_step": 6, "qkv": 32, "proj": 32, "ffn": 64}, {"at_step": 10, "factor": 2.0}]
+FEW = {"log_every_n_steps": 1, "limit_val_batches": 2}
 COLUMNS = ("train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/flops", "train/stage_flops", "val/loss")
 
 
 def config_of(folder, corpus, stages=STAGES, trainer=None, **growth):
     """A tiny config that grows at steps 6 and 10 of 14, and saves after every step."""
-    path = write_config(folder, corpus, trainer={"max_steps": 14, "log_every_n_steps": 1} | (trainer or {}))
+    path = write_config(folder, corpus, trainer=FEW | {"max_steps": 14} | (trainer or {}))
     config = yaml.safe_load(path.read_text())
     callback = {"class_path": "GrowParameterTokens", "init_args": {"stages": stages} | growth}
     config["trainer"]["callbacks"] = [callback]
@@ -28,7 +29,7 @@ def checkpoint_of(run, step):
 
 
 def saving(every):
-    """Options that save after every so many steps and no best. Saves of several processes take long."""
+    """Options that save after every so many steps and no best: saves take long, those of several processes longest."""
     return [f"--checkpoint.every_n_train_steps={every}", "--best.save_top_k=0"]
 
 

@@ -66,9 +66,12 @@ TWO = {
 }
 
 
+THREE = ("ddp", "fsdp2", "fsdp2, full")  # whose checkpoints the others go on from
+
+
 def resumed_from(name):
     """After the first growth and before the second; of those without further options also at the first."""
-    return (6, 8) if name in ("ddp", "fsdp2", "fsdp2, full") else (8,)
+    return (6, 8) if name in THREE else (8,)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +81,9 @@ def in_two_processes(corpus, tmp_path_factory):
     commands = []
     for name, (options, growth) in TWO.items():
         (folder / name).mkdir(parents=True)
-        config = config_of(folder / name, corpus, trainer={"limit_val_batches": 2}, **growth)
+        config = config_of(folder / name, corpus, **growth)
         whole = folder / name / "whole"
-        commands.append(fit(config, whole, *options, *saving(every=2)))
+        commands.append(fit(config, whole, *options, *saving(every=2 if name in THREE else 8)))
         for step in resumed_from(name):
             run, resume = folder / name / f"from-{step}", checkpoint_of(whole, step)
             commands.append(fit(config, run, *options, *saving(every=14), resume=resume))
@@ -92,10 +95,10 @@ def in_two_processes(corpus, tmp_path_factory):
             commands.append(fit(config, folder / f"other/{name}-{step}", *options, *saving(every=14), resume=resume))
     # and one that was grown offline, which has no batch to match keys to
     resume = checkpoint_of(one_process(corpus, folder), 6)
-    main(fit(config_of(folder, corpus, init="zero_keys"), folder / "zero-keys", resume=resume))
+    main(fit(config_of(folder, corpus, init="zero_keys"), folder / "zero-keys", *saving(every=14), resume=resume))
     main(["grow", str(resume), "--init", "zero_keys", "--factor", "2", "--out", f"{folder}/grown.ckpt"])
     later = config_of(folder, corpus, stages=STAGES[1:], init="zero_keys")
-    commands.append(fit(later, folder / "offline", *FULL, resume=folder / "grown.ckpt"))
+    commands.append(fit(later, folder / "offline", *FULL, *saving(every=14), resume=folder / "grown.ckpt"))
     run_in_processes(commands)
     return folder
 
@@ -104,7 +107,7 @@ def one_process(corpus, folder):
     """The run of the config without options, made once."""
     if not (folder / "one").exists():
         (folder / "one-config").mkdir()
-        main(fit(config_of(folder / "one-config", corpus), folder / "one"))
+        main(fit(config_of(folder / "one-config", corpus), folder / "one", *saving(every=2)))
     return folder / "one"
 
 
@@ -133,36 +136,37 @@ def test_strategies_and_numbers_of_processes_agree(in_two_processes, corpus, tmp
     for source in ("ddp", "fsdp2, full"):
         for step in (6, 8):
             resume = checkpoint_of(folder / source / "whole", step)
-            main(fit(config, folder / f"other/{source}-to-one-{step}", resume=resume))
-    runs = [*(folder / "other").iterdir(), *(folder / name / "whole" for name in ("ddp", "fsdp2", "fsdp2, full"))]
+            main(fit(config, folder / f"other/{source}-to-one-{step}", *saving(every=14), resume=resume))
+    runs = [*(folder / "other").iterdir(), *(folder / name / "whole" for name in THREE)]
     assert len(runs) == 11
     for whole, run in [*((one, run) for run in runs), (folder / "zero-keys", folder / "offline")]:
         assert difference(whole, run) < 1e-5, run
         losses, expected = dict(rows(run, "train/loss")), dict(rows(whole, "train/loss"))
         assert all(losses[step] == pytest.approx(expected[step], rel=1e-6) for step in losses), run
 
-    main(fit(config_of(tmp_path, corpus, train="new"), tmp_path / "one-Muon", *SHALLOW, *MUON, *DOUBLE))
+    new = config_of(tmp_path, corpus, train="new")
+    main(fit(new, tmp_path / "one-Muon", *SHALLOW, *MUON, *DOUBLE, *saving(every=14)))
     assert difference(tmp_path / "one-Muon", folder / "ddp, Muon, only the new/whole") < 1e-12
 
-    main(fit(config, tmp_path / "one-EMA", *EMA))
+    main(fit(config, tmp_path / "one-EMA", *EMA, *saving(every=14)))
     averaged = folder / "fsdp2, full, EMA/whole"
     assert difference(tmp_path / "one-EMA", averaged) < 1e-5
     both = contents(averaged)
     keys = "model.backbone.blocks.0.ffn.segments.1.keys"
     assert not torch.equal(both[keys], both[f"current.{keys}"])
 
-    to_two = [fit(config, tmp_path / str(i), *o, resume=checkpoint_of(one, 8)) for i, o in enumerate((DDP, FSDP2))]
-    run_in_processes(to_two)
+    end, resume = saving(every=14), checkpoint_of(one, 8)
+    run_in_processes([fit(config, tmp_path / str(i), *o, *end, resume=resume) for i, o in enumerate((DDP, FSDP2))])
     sharded = checkpoint_of(folder / "fsdp2/whole", 8)
     on_one = ["--trainer.strategy=fsdp2", "--trainer.devices=1"]
-    run_in_processes([fit(config, tmp_path / "2", *on_one, resume=sharded)], 1)
+    run_in_processes([fit(config, tmp_path / "2", *on_one, *end, resume=sharded)], 1)
     for run in ("0", "1", "2"):
         assert difference(one, tmp_path / run) < 1e-5, run
 
 
 def test_scores_are_matched_to_those_of_all_processes(in_two_processes, corpus, tmp_path):
     config = config_of(tmp_path, corpus, train="new", init="anchored")
-    main(fit(config, tmp_path / "one", *SHALLOW))
+    main(fit(config, tmp_path / "one", *SHALLOW, *saving(every=14)))
     two = [in_two_processes / name / "whole" for name in ("ddp, only the new", "fsdp2, full, only the new")]
     stds = []
     for run in (tmp_path / "one", *two):
@@ -181,10 +185,10 @@ def test_a_chain_of_strategies_ends_as_one_process(in_two_processes, corpus, tmp
     folder, second, third, fourth = in_two_processes, *(tmp_path / name for name in ("second", "third", "fourth"))
     one, config = folder / "zero-keys", config_of(tmp_path, corpus, init="zero_keys")
     singly = ["--data.batch_size=1", "--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=16"]
-    main(fit(config, second, *singly, resume=checkpoint_of(folder / "ddp/whole", 2)))
+    main(fit(config, second, *singly, *saving(every=8), resume=checkpoint_of(folder / "ddp/whole", 2)))
     singly[1] = "--trainer.accumulate_grad_batches=2"
     run_in_processes([fit(config, third, *FULL, *singly, *saving(every=2), resume=checkpoint_of(second, 8))])
-    main(fit(config, fourth, resume=checkpoint_of(third, 12)))
+    main(fit(config, fourth, *saving(every=14), resume=checkpoint_of(third, 12)))
     assert difference(one, fourth) < 1e-5
     assert [row["step"] for row in csv.DictReader((fourth / "growth.csv").open())] == ["6", "10"]
     assert dict(rows(fourth, "train/loss")) == pytest.approx(dict(rows(one, "train/loss")[6:]), rel=1e-6)

@@ -10,7 +10,7 @@ from lit_modules.cli import main
 from lit_modules.modules.language import LanguageModule
 from lit_modules.optim.config import OptimConfig
 from lit_modules.optim.schedule import lr_factor
-from tests.integration.growing import MUON, STAGES, checkpoint_of, config_of, contents, difference, fit, logged
+from tests.integration.growing import MUON, STAGES, checkpoint_of, config_of, contents, difference, fit, logged, saving
 from tests.integration.tiny import rows, write_config
 
 # (options of the command line, arguments of the callback)
@@ -62,7 +62,7 @@ VARIANTS = {
 def test_resumed_equals_uninterrupted(corpus, tmp_path, options, growth):
     """From exactly at and right after the first growth; without options from before it and after the second, too."""
     config = config_of(tmp_path, corpus, **growth)
-    main(fit(config, tmp_path / "whole", *options))
+    main(fit(config, tmp_path / "whole", *options, "--best.save_top_k=0"))
     grown = [int(row["step"]) for row in csv.DictReader((tmp_path / "whole/growth.csv").open())]
     stages = growth.get("stages", STAGES)
     if "at_tokens" in stages[0]:
@@ -77,7 +77,7 @@ def test_resumed_equals_uninterrupted(corpus, tmp_path, options, growth):
     before_and_after = () if options or growth else (grown[0] - 2, 12)
     for step in (grown[0], grown[0] + 1, *before_and_after):
         run = tmp_path / f"from-{step}"
-        main(fit(config, run, *options, resume=checkpoint_of(tmp_path / "whole", step)))
+        main(fit(config, run, *options, *saving(every=14), resume=checkpoint_of(tmp_path / "whole", step)))
         assert difference(tmp_path / "whole", run) == 0, step
         assert logged(run) == logged(tmp_path / "whole", step), step
         again = list(csv.DictReader((run / "growth.csv").open()))
@@ -125,10 +125,11 @@ def test_a_grown_checkpoint_needs_no_knowledge_of_its_schedule(corpus, tmp_path)
 
 def test_a_resumed_schedule_may_be_extended_but_not_contradict_the_past(corpus, tmp_path):
     go_on = {"schedule": "continue"}
-    main(fit(config_of(tmp_path, corpus, stages=STAGES[:1], **go_on), tmp_path / "run"))
+    main(fit(config_of(tmp_path, corpus, stages=STAGES[:1], **go_on), tmp_path / "run", *saving(every=8)))
     checkpoint = checkpoint_of(tmp_path / "run", 8)
-    main(fit(config_of(tmp_path, corpus, **go_on), tmp_path / "extended", resume=checkpoint))
-    main(fit(config_of(tmp_path, corpus, **go_on), tmp_path / "whole"))
+    whole = config_of(tmp_path, corpus, **go_on)
+    main(fit(whole, tmp_path / "extended", *saving(every=14), resume=checkpoint))
+    main(fit(whole, tmp_path / "whole", *saving(every=14)))
     assert rows(tmp_path / "extended", "train/flops") == rows(tmp_path / "whole", "train/flops")[8:]
     for stages in (
         [{"at_step": 5, "qkv": 32, "proj": 32, "ffn": 64}, STAGES[1]],  # another past
@@ -144,14 +145,15 @@ def test_a_resumed_schedule_may_be_extended_but_not_contradict_the_past(corpus, 
 
 def test_what_is_trained_and_how_fast_may_change_on_resume(corpus, tmp_path):
     """At the next growth; and the run that changed is resumed exactly, too."""
-    main(fit(config_of(tmp_path, corpus, train="new"), tmp_path / "run"))
+    main(fit(config_of(tmp_path, corpus, train="new"), tmp_path / "run", *saving(every=8)))
     changed = config_of(tmp_path, corpus, old_lr_scale=0.5)
-    main(fit(changed, tmp_path / "changed", resume=checkpoint_of(tmp_path / "run", 8)))
-    main(fit(changed, tmp_path / "again", resume=checkpoint_of(tmp_path / "changed", 12)))
+    main(fit(changed, tmp_path / "changed", *saving(every=2), resume=checkpoint_of(tmp_path / "run", 8)))
+    main(fit(changed, tmp_path / "again", *saving(every=14), resume=checkpoint_of(tmp_path / "changed", 12)))
     assert difference(tmp_path / "changed", tmp_path / "again") == 0
     at_growth, end = contents(tmp_path / "changed", 10), contents(tmp_path / "changed")
     assert not torch.equal(at_growth["model.embedding.weight"], end["model.embedding.weight"])
-    main(fit(config_of(tmp_path, corpus), tmp_path / "back", resume=checkpoint_of(tmp_path / "changed", 12)))
+    back = config_of(tmp_path, corpus)
+    main(fit(back, tmp_path / "back", *saving(every=14), resume=checkpoint_of(tmp_path / "changed", 12)))
 
 
 def test_tokens_are_counted_from_where_a_resumed_run_is(corpus, tmp_path):
@@ -159,7 +161,8 @@ def test_tokens_are_counted_from_where_a_resumed_run_is(corpus, tmp_path):
     stages = [{"at_tokens": 768, "factor": 2.0}, {"at_tokens": 1280, "ffn": 100}]
     config = config_of(tmp_path, corpus, stages=stages)
     main(fit(config, tmp_path / "run"))
-    main(fit(config, tmp_path / "half", "--data.batch_size=2", resume=checkpoint_of(tmp_path / "run", 8)))
+    half = ["--data.batch_size=2", *saving(every=14)]
+    main(fit(config, tmp_path / "half", *half, resume=checkpoint_of(tmp_path / "run", 8)))
     assert [row["step"] for row in csv.DictReader((tmp_path / "half/growth.csv").open())] == ["6", "12"]
     rates = [rate for _, rate in rows(tmp_path / "half", "train/lr")]
     factor = lr_factor(OptimConfig(warmup_steps=1), 6)
@@ -172,7 +175,7 @@ def test_back_to_a_checkpoint_from_before(corpus, tmp_path):
     """One module object may go from checkpoint to checkpoint, larger and smaller, wide and narrow."""
     for name, growth in (("tokens", {"train": "new"}), ("width", {"stages": [{"at_step": 6, "width": 2}]})):
         baseline = ["--model.config.baseline=width"] if name == "width" else []
-        main(fit(config_of(tmp_path, corpus, **growth), tmp_path / name, *baseline))
+        main(fit(config_of(tmp_path, corpus, **growth), tmp_path / name, *baseline, *saving(every=2)))
         module = LanguageModule.load_from_checkpoint(checkpoint_of(tmp_path / name, 14))
         sizes = []
         for step in (4, 14, 6):
@@ -186,7 +189,7 @@ def test_back_to_a_checkpoint_from_before(corpus, tmp_path):
 
 def test_growths_that_were_undone_leave_no_row(corpus, tmp_path):
     config, run = config_of(tmp_path, corpus), tmp_path / "run"
-    main(fit(config, run))
+    main(fit(config, run, *saving(every=4)))
     for checkpoint in (run / "checkpoints").iterdir():
         if "00000004" not in checkpoint.name:
             checkpoint.unlink()
@@ -199,7 +202,7 @@ def test_grown_offline_and_trained_on_equals_grown_mid_run(corpus, tmp_path, opt
     """tokenformer grow: the same bits afterwards, optimizer, data and costs included."""
     whole = ["--trainer.callbacks+=EMA"] if options else []
     config = config_of(tmp_path, corpus, stages=STAGES[:1], schedule="continue", init="zero_keys")
-    main(fit(config, tmp_path / "whole", *whole))
+    main(fit(config, tmp_path / "whole", *whole, *saving(every=2)))
     checkpoint, grown = checkpoint_of(tmp_path / "whole", 6), tmp_path / "grown.ckpt"
     sizes = ["--qkv", "32", "--proj", "32", "--ffn", "64"]
     main(["grow", str(checkpoint), *sizes, "--init", "zero_keys", "--out", str(grown)])
@@ -207,7 +210,7 @@ def test_grown_offline_and_trained_on_equals_grown_mid_run(corpus, tmp_path, opt
     config = yaml.safe_load(plain.read_text())
     del config["trainer"]["callbacks"]
     plain.write_text(yaml.safe_dump(config))
-    main(fit(plain, tmp_path / "on", *options, resume=grown))
+    main(fit(plain, tmp_path / "on", *options, *saving(every=14), resume=grown))
     assert difference(tmp_path / "whole", tmp_path / "on") == 0
     assert logged(tmp_path / "on") == logged(tmp_path / "whole", 6)
     with pytest.raises(ValueError, match="exists: choose another"):

@@ -7,7 +7,7 @@ import torch
 
 from lit_modules.cli import main
 from lit_modules.modules.loading import load_model
-from tests.integration.growing import checkpoint_of, config_of, contents, difference, fit, logged
+from tests.integration.growing import checkpoint_of, config_of, contents, difference, fit, logged, saving
 from tests.integration.processes import run_in_processes
 from tokenformer import from_pretrained
 from tokenformer.interop import load_trained
@@ -43,6 +43,7 @@ def test_updates_alone_are_trained_and_a_run_resumes(corpus, tmp_path, optimizer
 def test_two_processes_equal_one_and_resume(corpus, tmp_path):
     config = config_of(tmp_path, corpus, STAGES, {"max_steps": 8}, train="new", schedule="continue")
     options = [*OPTIONS, "--trainer.precision=64-true", "--trainer.limit_val_batches=0"]
+    options += saving(every=4)
     main(fit(config, tmp_path / "one", *options, "--data.batch_size=4"))
     options += ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=2"]
     run, resumed = tmp_path / "two", tmp_path / "from-4"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_modules.cli import main
-from tests.integration.growing import checkpoint_of, difference, fit
+from tests.integration.growing import checkpoint_of, difference, fit, saving
 from tests.integration.processes import run_in_processes
 from tests.integration.tiny import GROW_ONCE, rows, write_vision
 
@@ -16,7 +16,7 @@ def two_processes(tmp_path_factory, images):
     """Runs of two processes: DDP, FSDP2 with an average and a timm model; and DDP's validation."""
     folder = tmp_path_factory.mktemp("two")
     config = write_vision(folder, images, [GROW_ONCE])
-    shared = ["--trainer.devices=2", "--data.batch_size=2", "--model.config.drop_path=0"]
+    shared = ["--trainer.devices=2", "--data.batch_size=2", "--model.config.drop_path=0", *saving(every=4)]
     ema = ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
     whole = ["--trainer.strategy=FSDP2", "--trainer.strategy.save_distributed_checkpoint=false"]
     plain = write_vision(folder, images).rename(folder / "plain.yaml")
@@ -45,7 +45,7 @@ def test_two_processes_train_and_count_as_one(two_processes, images, tmp_path):
     config = write_vision(tmp_path, images, [GROW_ONCE])
     precise, average = ["--trainer.precision=64-true"], ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"]
     for name, options, tolerance in (("ddp", precise, 1e-10), ("fsdp", average, 1e-3)):  # Adam enlarges roundings
-        main(fit(config, tmp_path / name, "--model.config.drop_path=0", *options))
+        main(fit(config, tmp_path / name, "--model.config.drop_path=0", *options, *saving(every=8)))
         assert difference(tmp_path / name, two_processes / name, 8) < tolerance
         for column in ("val/loss", "val/top1", "val/top5", "val/raw_loss", "val/raw_top1"):
             alone, both = (dict(rows(run, column)) for run in (tmp_path / name, two_processes / name))

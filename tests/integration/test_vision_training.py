@@ -12,7 +12,7 @@ from lit_modules.cli import main
 from lit_modules.modules.language import LanguageModule
 from lit_modules.modules.vision import VisionModule
 from lit_modules.optim.config import OptimConfig
-from tests.integration.growing import checkpoint_of, difference, fit
+from tests.integration.growing import checkpoint_of, difference, fit, saving
 from tests.integration.tiny import GROW_ONCE, rows, write_vision
 from tokenformer import LMConfig, ViTConfig
 from tokenformer.growth import pattention_layers
@@ -49,7 +49,7 @@ def test_resumed_equals_uninterrupted(images, tmp_path, options, data):
     main(fit(config, tmp_path / "whole", *options))
     for step in (3, 6, 7):
         run = tmp_path / f"from-{step}"
-        main(fit(config, run, *options, resume=checkpoint_of(tmp_path / "whole", step)))
+        main(fit(config, run, *options, *saving(every=8), resume=checkpoint_of(tmp_path / "whole", step)))
         assert difference(tmp_path / "whole", run, 8) == 0, step
         for column in ("train/loss", "train/images", "train/flops", "val/loss", "val/raw_loss", "val/raw_top1"):
             later = [pair for pair in rows(tmp_path / "whole", column) if pair[0] >= step]

@@ -88,7 +88,7 @@ def test_a_killed_study_takes_its_trainings_along():
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
         from studies.runner import prepare
-        processes = ProcessPoolExecutor(1, get_context("spawn"), prepare, (1, 1.0))
+        processes = ProcessPoolExecutor(1, get_context("fork"), prepare, (1, 1.0))
         print(processes.submit(os.getpid).result(), flush=True)
         processes.submit(time.sleep, 200).result()
     """
