@@ -8,6 +8,7 @@ import torch
 
 from lit_modules.cli import main
 from tests.conftest import ROOT
+from tests.integration.processes import run_in_processes
 from tests.integration.tiny import rows, write_config
 
 DDP = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=2"]
@@ -35,9 +36,7 @@ def test_two_processes_equal_one(corpus, tmp_path):
     last = ["--ckpt_path=last", "--name=experiment", f"--trainer.default_root_dir={tmp_path}"]
     (tmp_path / "experiment").mkdir()
     (tmp_path / "two").rename(tmp_path / "experiment" / "run")
-    process = [sys.executable, "-m", "lit_modules.cli", "validate", *command[1:], *DDP, *last]
-    result = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_in_processes([["validate", *command[1:], *DDP, *last]])
     (validated,) = (tmp_path / "experiment").glob("*-validate")
     trained = rows(tmp_path / "experiment" / "run", "val/loss")[-1][1]
     assert rows(validated, "val/loss")[-1][1] == pytest.approx(trained, rel=1e-9)

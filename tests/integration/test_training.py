@@ -218,7 +218,7 @@ def test_the_baseline_is_one_line_away(corpus, tmp_path):
         ["--model.optim.schedule=constant", "--trainer.precision=bf16-mixed"],
         ["--trainer.precision=bf16-true", "--model.config.scale=learned"],
         ["--trainer.precision=64-true", "--trainer.callbacks=EMA", "--trainer.callbacks.decay=0.5"],
-        ["--model.compile=true", "--trainer.max_steps=4"],
+        ["--model.compile=true", "--model.config.depth=1", "--trainer.max_steps=4"],
         ["--data.tokenizer=bpe", "--data.bpe_vocab_size=280", "--model.config.vocab_multiple=64"],
     ],
     ids=["wsd, recompute, accumulate", "constant, bf16-mixed", "bf16-true", "EMA, 64-true", "compiled", "BPE"],
