@@ -22,11 +22,12 @@ the middle of a run, and a grown model ends below one of its size that has the g
 {stage} nats a byte). When one kind of data comes after another and nothing may be lost: new tokens alone leave the \
 old model in it to the bit, are a small file of their own, and end lower over all of the data than LoRA and Net2Net \
 ({new_tokens} against {lora} and {net2net}). And for language in small models from the start too: of as many \
-parameters and steps it ended below its Transformer twin ({tokenformer} against {transformer}). **When not**: when \
-the last size is known and nothing is trained yet, train that size at once, which is cheaper ({scratch} for as many \
-FLOPs as base and growth together); when speed decides, since two products, a norm and a GELU take the place of one \
-product ([performance](performance.md)); when one classifier must learn new classes without the old ones, where it \
-forgets like all others.
+parameters and steps it ended below its Transformer twin ({tokenformer} against {transformer} at 1 M parameters, \
+{tokenformer_10m} against {transformer_10m} at 10 M); for images they ended level. **When not**: when the last size \
+is known and nothing is trained yet, train that size at once, which is cheaper ({scratch} for as many FLOPs as base \
+and growth together); when speed decides, since two products, a norm and a GELU take the place of one product \
+([performance](performance.md)); when one classifier must learn new classes without the old ones, where it forgets \
+like all others.
 """
 BELOW = """
 Each line below is a cell of a study at its own best learning rate, but for the kind `base`, whose rate is given: the \
@@ -62,6 +63,8 @@ def advice(studies: Sequence[Study]) -> str:
         "net2net": ("continual", {"task": "texts", "method": "net2net"}),
         "tokenformer": ("optimizers", model | {"model": "tokenformer"}),
         "transformer": ("optimizers", model | {"model": "transformer"}),
+        "tokenformer_10m": ("optimizers", model | {"model": "tokenformer", "size": "10M"}),
+        "transformer_10m": ("optimizers", model | {"model": "transformer", "size": "10M"}),
     }
     return ADVICE.format(**{name: short(by_name[study], cell).split()[0] for name, (study, cell) in cells.items()})
 
