@@ -41,9 +41,9 @@ import yaml
 from lit_modules.cli import main
 from lit_modules.modules.loading import load_model
 from studies.runner import ROOT
-from studies.training import scaled, widened
+from studies.training import SCALE, scaled, widened
 
-STEPS = max(21, scaled(200))  # of a phase; one more than the warm-up has
+STEPS = scaled(200)  # of a phase
 # Real text that lies beside the project, or what the Hugging Face hub has of its kind.
 TEXTS = ROOT.parent / "shared/data/text"
 SOURCES = {
@@ -120,7 +120,7 @@ def experiment(task: Task, method: str, seed: int) -> dict[str, Any]:
     growth = {"stages": stages, "schedule": "continue", "train": frozen if method in ("new tokens", "lora") else "all"}
     growth |= {"init": "zero_keys"} if method == "zero keys" else {}
     return {
-        "model": {"init_args": {"config": size}},
+        "model": {"init_args": {"config": size, "optim": {"warmup_steps": STEPS // 10}}},
         "data": {"class_path": "PhasedDataModule", "init_args": {"phases": phases}},
         "trainer": {
             "max_steps": STEPS * len(names),
@@ -130,6 +130,7 @@ def experiment(task: Task, method: str, seed: int) -> dict[str, Any]:
             "enable_progress_bar": False,
             "logger": False,
             "val_check_interval": None,
+            **({"limit_val_batches": 2} if SCALE < 1 else {}),
         },
         "checkpoint": {"every_n_train_steps": STEPS * len(names), "save_top_k": 1},
         "best": {"save_top_k": 0},
@@ -157,6 +158,12 @@ def models(task: Task, method: str) -> tuple[dict[str, Any], list[dict[str, Any]
     if method == "lora":
         return begin | {"baseline": "parameters"}, [{"at_phase": name, "lora": widened(task.rank)} for name in later]
     return end | ({"baseline": "parameters"} if method == "transformer" else {}), []
+
+
+def lacks(cell: dict[str, Any]) -> str:
+    """Which of its data do not lie beside the project, and would be downloaded."""
+    paths = [SOURCES[name][0] for name in TASKS[cell["task"]].phases if name in SOURCES]
+    return ", ".join(str(path) for path in paths if isinstance(path, Path) and not path.exists())
 
 
 def source_of(name: str) -> Path | str:

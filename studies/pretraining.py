@@ -115,6 +115,11 @@ def run(
     return {"params": trained, "flops": flops, "loss": loss, "cpu_seconds": round(seconds)}
 
 
+def lacks(cell: dict[str, Any]) -> str:
+    """Which of its data do not lie beside the project, and would be downloaded."""
+    return str(CIFAR) if cell["task"] == "cifar" and not CIFAR.exists() else ""
+
+
 def shape_of(size: str, dim: int | str = "", share: float | str = "", part: float = 1.0) -> dict[str, Any]:
     """The fields of a config that say how large a model is, or one with a part of its tokens."""
     depth, width, heads = SIZES[size][0], *map(widened, SIZES[size][1:])

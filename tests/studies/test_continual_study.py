@@ -18,7 +18,7 @@ def small(monkeypatch, tmp_path):
     for seed, (path, _) in enumerate(texts.values()):
         write_corpus(path, seed=seed)
     monkeypatch.setattr(continual, "SOURCES", texts)
-    monkeypatch.setattr(continual, "STEPS", 21)  # one more than the warm-up has
+    monkeypatch.setattr(continual, "STEPS", 6)
     monkeypatch.setattr(continual, "TEXT_DATA", continual.TEXT_DATA | {"seq_len": 32, "batch_size": 4})
 
 

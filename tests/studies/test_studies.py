@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from studies.__main__ import main
+from studies.__main__ import main, smoke
 from studies.growth import SIZES, add_tokens, build
 from studies.page import PAGE, PICTURES, VERDICTS, claims, page, pictures, section, short
 from studies.picture import draw, points_of
@@ -112,6 +112,18 @@ def test_an_error_ends_the_study_at_once(study, monkeypatch, tmp_path):
     with pytest.raises(ZeroDivisionError):
         Study("toy", tmp_path).measure()
     assert len(trained) == 1  # of three cells
+
+
+def test_a_smoke_leaves_out_what_would_be_downloaded(monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr("studies.pretraining.CIFAR", Path("/nowhere/images"))
+    monkeypatch.setattr("studies.continual.SOURCES", {"wiki": (Path("/nowhere/text"), ""), "web": ("stdlib", "")})
+    monkeypatch.setattr(Study, "measure_in", lambda self, *_, **__: measured.extend(self.cells))
+    smoke(["continual", "optimizers"])
+    assert {cell["task"] for cell in measured} == {"digits", "bytes"}
+    said = capsys.readouterr().out
+    assert said.count("needs /nowhere/images") == 4
+    assert said.count("needs /nowhere/text") == 10
 
 
 def test_a_rate_is_found_where_the_first_ones_diverge():
