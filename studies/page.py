@@ -157,6 +157,7 @@ OTHERS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     **{f"at {share}": (f"at {share}", _mean(f"at {share}")) for share in ("1", "0.9", "0.7", "0.5", "0.25")},
     "times faster": ("speed", _speeds),
     "parameters": ("params", lambda rows: f"{int(rows[0]['params']):,}"),
+    "CPU s": ("cpu_seconds", lambda rows: f"{statistics.median(float(row['cpu_seconds']) for row in rows):.0f}"),
     "TFLOP": ("flops", lambda rows: f"{float(rows[0]['flops']) / 1e12:.2f}"),
 }
 

@@ -17,8 +17,8 @@ seq_len     bytes of a sequence, 4,096 in a step; else 12 sequences of 128
 norms       LayerNorms inside blocks: without weight and bias unless it is said; bias, or affine (both)
 precision   of matrix products in training: float32 unless it is said; bfloat16, by autocast
 
-TFLOP are those of the training's matrix products. `cpu_seconds` in the results are those of all its threads, with its
-data, validation left out.
+TFLOP are those of the training's matrix products, CPU s the processor time of all its threads, data with it and
+validation left out.
 """
 
 import time
