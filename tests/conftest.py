@@ -63,6 +63,16 @@ def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> list[st
     return texts
 
 
+def write_images(root: Path, images) -> Path:
+    """These images, in turn of three classes, as train/ and as val/."""
+    for i, image in enumerate(images):
+        path = root / "train" / f"class{i % 3}" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    (root / "val").symlink_to(root / "train")
+    return root
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """(path of a .jsonl, its texts)."""

@@ -223,7 +223,6 @@ class TokenFormerForCausalLM(_NativeModel, GenerationMixin):
 
     config_class = TokenFormerConfig
     native_class = TokenFormerLM
-    _can_compile_fullgraph = True  # a step with a static cache, which transformers compiles on a GPU
 
     def _init_weights(self, module: nn.Module) -> None:
         """New rows for new tokens, as :meth:`resize_token_embeddings` asks for them; see there for the rest."""

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from datamodules.text import TextDataModule
+from tests.conftest import write_images
 
 
 def module(corpus, tmp_path, **changes):
@@ -30,23 +31,13 @@ def documents_of(ids, tokenizer):
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """23 images of noise in 3 classes, no two of a size, as train/ and as val/."""
-    root = tmp_path_factory.mktemp("noise")
     draw = np.random.default_rng(0)
-    for i in range(23):
-        path = root / "train" / f"class{i % 3}" / f"{i:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw.integers(0, 256, (20 + i, 43 - i, 3), dtype=np.uint8)).save(path)
-    (root / "val").symlink_to(root / "train")
-    return root
+    noise = (draw.integers(0, 256, (20 + i, 43 - i, 3), dtype=np.uint8) for i in range(23))
+    return write_images(tmp_path_factory.mktemp("noise"), map(Image.fromarray, noise))
 
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
     """12 images, each all in the color of its class."""
-    root = tmp_path_factory.mktemp("plain")
-    for i in range(12):
-        path = root / "train" / f"class{i % 3}" / f"{i:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), ((200, 0, 0), (0, 200, 0), (0, 0, 200))[i % 3]).save(path)
-    (root / "val").symlink_to(root / "train")
-    return root
+    colors = 4 * [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    return write_images(tmp_path_factory.mktemp("plain"), (Image.new("RGB", (16, 16), color) for color in colors))

@@ -12,6 +12,8 @@ from lightning import Callback
 
 from lit_modules.callbacks import watchdog
 
+HARM = "--trainer.callbacks+=tests.integration.kill"  # and .NAME
+
 
 class KillAt(Callback):
     """SIGKILL after an optimizer step, or in the middle of the validation that follows it.

@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.conftest import write_images
 from tests.integration.configs import experiments, given, growth_of, run_shrunken
 from tests.integration.growing import checkpoint_of
 from tokenformer import TokenFormerViT, ViTConfig, from_pretrained, save_pretrained
@@ -90,14 +91,8 @@ trainer: {accelerator: cpu, devices: 1, strategy: auto, precision: 32-true, accu
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """6 images of noise in 3 classes, as train/ and as val/."""
-    root = tmp_path_factory.mktemp("images")
-    draw = np.random.default_rng(0)
-    for i in range(6):
-        path = root / "train" / f"class{i % 3}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
-    (root / "val").symlink_to(root / "train")
-    return root
+    noise = np.random.default_rng(0).integers(0, 256, (6, 40, 36, 3), dtype=np.uint8)
+    return write_images(tmp_path_factory.mktemp("images"), map(Image.fromarray, noise))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
