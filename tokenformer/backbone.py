@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tokenformer.baseline import MLP, Linear
 from tokenformer.cache import Chunk, KVCache
 from tokenformer.config import BackboneConfig
+from tokenformer.decoding import each
 from tokenformer.pattention import Pattention
 
 
@@ -99,9 +100,10 @@ class SelfAttention(nn.Module):
             rotary: the tables of :func:`rotary_tables`, or None for no positions.
             chunk: which part of a cached sequence the tokens are, or None for all of it.
         """
+        project = each if chunk is None else chunk.project
         query, key, value = (
-            project(x).unflatten(-1, (self.num_maps, -1)).transpose(1, 2)  # (B, H, T, K)
-            for project in (self.query, self.key, self.value)
+            projected.unflatten(-1, (self.num_maps, -1)).transpose(1, 2)  # (B, H, T, K)
+            for projected in project(x, self.query, self.key, self.value)
         )
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
@@ -109,7 +111,7 @@ class SelfAttention(nn.Module):
         if chunk is not None:
             (key, value), seen = chunk.extend(self, key, value), chunk.seen  # (B, H, S, K)
         mixed = self.mix(query, key, value, seen, is_causal=self.causal and seen is None)  # (B, H, T, K)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return project(mixed.transpose(1, 2).flatten(2), self.out)[0]
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, is_causal: bool) -> Tensor:
         """What each token attends to, (B, H, T, K); `seen` are the tokens (B, 1, T, S) that it may, or None."""
@@ -172,7 +174,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, chunk: Chunk | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         x = x + self.drop_path(self.attention(self.attention_norm(x), rotary, chunk))
-        return x + self.drop_path(self.ffn(self.ffn_norm(x)))
+        project = each if chunk is None else chunk.project
+        return x + self.drop_path(project(self.ffn_norm(x), self.ffn)[0])
 
 
 class Backbone(nn.Module):

@@ -3,8 +3,13 @@
 B rows, T new tokens, S tokens of the cache, H heads, K channels of a head.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from tokenformer.decoding import JoinedLayers, each
+from tokenformer.operator import autocast_dtype
 
 
 class KVCache:
@@ -16,10 +21,12 @@ class KVCache:
     Args:
         batch_size: rows, B.
         max_len: tokens of a row that there is room for.
+        joins: whether one token at a time is read with layers of the same input as one, with the weights of then.
 
     Attributes:
         lengths: how many tokens each row has read.
         layers: keys and values (B, H, max_len, K) of each attention layer, made when it reads the first tokens.
+        joined: the layers that are one, made when they read the first single token; None for those that can't be.
 
     Example:
         >>> cache = model.new_cache(batch_size=2)
@@ -27,10 +34,11 @@ class KVCache:
         >>> model(ids[:, 100:], cache)  # equals model(ids)[:, 100:]
     """
 
-    def __init__(self, batch_size: int, max_len: int) -> None:
-        self.max_len = max_len
+    def __init__(self, batch_size: int, max_len: int, joins: bool = False) -> None:
+        self.max_len, self.joins = max_len, joins
         self.lengths = [0] * batch_size
         self.layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.joined: dict[tuple[nn.Module, ...], JoinedLayers | None] = {}
 
     def keep(self, rows: list[int]) -> None:
         """Forget all other rows."""
@@ -78,3 +86,14 @@ class Chunk:
         for cached, new in ((keys, key), (values, value)):
             cached[rows, :, self.positions] = new.transpose(1, 2)  # (B, T, H, K)
         return keys[:, :, : self.end], values[:, :, : self.end]
+
+    def project(self, x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+        """What layers give for the same x (B, T, D)."""
+        if not self.cache.joins or x.shape[1] > 1 or autocast_dtype(x.device) is not None:
+            return each(x, *layers)
+        if layers not in self.cache.joined:
+            self.cache.joined[layers] = JoinedLayers.of(layers)
+        as_one = self.cache.joined[layers]
+        if as_one is not None:
+            return as_one(x).unbind()
+        return each(x, *layers) if len(layers) == 1 else [self.project(x, layer)[0] for layer in layers]

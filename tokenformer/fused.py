@@ -75,7 +75,7 @@ def _exporting() -> bool:
 def _plain(x: Tensor, keys: Tensor, values: Tensor, tau: Tensor, norm_tokens: int) -> Tensor:
     """The operator in torch's own words, of which a file consists: no code of ours, no buffer, any batch and length."""
     scores = x @ keys.T  # (..., N)
-    norm = row_norm(_of_norm(scores, norm_tokens))
+    norm = row_norm(of_norm(scores, norm_tokens))
     weights = F.gelu(scores * norm_factor(norm, tau).to(scores.dtype))
     return weights @ values
 
@@ -104,7 +104,7 @@ def row_norm(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return norm
 
 
-def _of_norm(rows: Tensor, norm_tokens: int) -> Tensor:
+def of_norm(rows: Tensor, norm_tokens: int) -> Tensor:
     """The columns of a (T, N) buffer that define the norm."""
     return rows if norm_tokens == rows.shape[-1] else rows[..., :norm_tokens]
 
@@ -158,12 +158,12 @@ def _forward(
         weights = norm_gelu(kept, tau, factor, norm_tokens)
     else:
         # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU.
-        factor = _factor(row_norm(_of_norm(kept, norm_tokens), group), tau, kept.dtype)
+        factor = row_factor(row_norm(of_norm(kept, norm_tokens), group), tau, kept.dtype)
         weights = F.gelu(kept.mul_(factor))
     return _sum_of_products(weights, values), kept, factor
 
 
-def _factor(norm: Tensor, tau: Tensor, dtype: torch.dtype) -> Tensor:
+def row_factor(norm: Tensor, tau: Tensor, dtype: torch.dtype) -> Tensor:
     """:func:`norm_factor` without a gradient, in few calls: at one token they are what takes the time."""
     norm = torch.add(norm, norm, alpha=0)  # NaN where it is infinite, not zeros in silence
     factor = tau.to(norm.dtype) / torch.threshold(norm, smallest_norm(norm.dtype), math.inf)
@@ -224,7 +224,7 @@ def _norm_gelu_backward(grad: Tensor, z: Tensor, tau: Tensor, group: ProcessGrou
     if group is not None:
         distributed.all_reduce(r, group=group)
     along = (r * (-num_tokens / (tau.to(r.dtype) + TINY_TAU) ** 2)).to(z.dtype)
-    _of_norm(grad, norm_tokens).addcmul_(_of_norm(z, norm_tokens), along)
+    of_norm(grad, norm_tokens).addcmul_(of_norm(z, norm_tokens), along)
     return r
 
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenformer.backbone import rotary_tables, rotary_tables_at
 from tokenformer.config import LMConfig, ViTConfig
+from tokenformer.decoding import each
 from tokenformer.interop import consolidated_state, present_config
 from tokenformer.language import TokenFormerLM
 from tokenformer.parts import match_shapes
@@ -212,6 +213,7 @@ class _Chunk:
 
     def __init__(self, cache: Cache | None, layer: int, seen: Tensor | None) -> None:
         self.cache, self.layer, self.seen = cache, layer, seen
+        self.project = each
 
     def extend(self, _: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, T, K) of the new tokens -> of all, (B, H, S, K)."""

@@ -29,11 +29,14 @@ def model():
     return build()
 
 
-@pytest.fixture(params=[*VARIANTS, "grown", "grown with norms of their own", "wider Transformer"])
+@pytest.fixture(params=[*VARIANTS, "grown", "grown anchored", "grown with norms of their own", "wider Transformer"])
 def any_model(request):
     model = build(**VARIANTS.get(request.param, {"baseline": "width"} if "wider" in request.param else {}))
     if request.param == "grown":
         grow(model, qkv=40, proj=30, ffn=80, init="random")
+    elif request.param == "grown anchored":
+        grow(model, qkv=40, layers="query")
+        grow(model, qkv=40, proj=30, ffn=80)
     elif request.param == "grown with norms of their own":
         grow(model, qkv=40, proj=30, ffn=80, init="segment_norm")
     elif request.param == "wider Transformer":
