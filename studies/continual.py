@@ -41,16 +41,10 @@ import yaml
 from lit_modules.cli import main
 from lit_modules.modules.loading import load_model
 from studies.runner import ROOT
-from studies.training import SCALE, scaled, widened
+from studies.training import SCALE, missing, scaled, source, widened
 
 STEPS = scaled(200)  # of a phase
-# Real text that lies beside the project, or what the Hugging Face hub has of its kind.
-TEXTS = ROOT.parent / "shared/data/text"
-SOURCES = {
-    "code": ("stdlib", "stdlib"),
-    "wiki": (TEXTS / "wikitext-2/train.txt", "hf:Salesforce/wikitext:wikitext-2-raw-v1"),
-    "web": (TEXTS / "openwebtext-sample/train.jsonl", "hf:Skylion007/openwebtext"),
-}
+TEXTS = ["code", "wiki", "web"]
 TEXT_DATA = {"tokenizer": "bytes", "seq_len": 128, "batch_size": 16}
 DIGITS = {"low": ["0", "1", "2", "3", "4"], "high": ["5", "6", "7", "8", "9"]}
 IMAGE_DATA = {"source": "digits", "image_size": 8, "batch_size": 64, "crop": "none", "crop_pct": 1.0, "hflip": 0.0}
@@ -80,7 +74,7 @@ class Task:
 
 
 TASKS = {
-    "texts": Task(config="language", phases=[*SOURCES], dim=128, narrow=(32, 1), rank=37),
+    "texts": Task(config="language", phases=TEXTS, dim=128, narrow=(32, 1), rank=37),
     "digits": Task(config="vision", phases=[*DIGITS], dim=64, narrow=(32, 2), rank=47),
     "new text": Task(
         config="language",
@@ -112,7 +106,7 @@ def experiment(task: Task, method: str, seed: int) -> dict[str, Any]:
     phases = [{"name": name, "steps": STEPS, "data": data(name, seed)} for name in names]
     if method == "joint":
         whole = data(names[0], seed)
-        whole["init_args"] |= {"source": {str(source_of(name)): 1 for name in names}} if texts else {"classes": None}
+        whole["init_args"] |= {"source": {source(name): 1 for name in names}} if texts else {"classes": None}
         phases = [{"name": "joint", "steps": STEPS * len(names), "data": whole}]
         phases += [{"name": name, "steps": 0, "data": data(name, seed)} for name in names]
     size, stages = models(task, method)
@@ -162,20 +156,13 @@ def models(task: Task, method: str) -> tuple[dict[str, Any], list[dict[str, Any]
 
 def lacks(cell: dict[str, Any]) -> str:
     """Which of its data do not lie beside the project, and would be downloaded."""
-    paths = [SOURCES[name][0] for name in TASKS[cell["task"]].phases if name in SOURCES]
-    return ", ".join(str(path) for path in paths if isinstance(path, Path) and not path.exists())
-
-
-def source_of(name: str) -> Path | str:
-    """Of a text."""
-    here, elsewhere = SOURCES[name]
-    return here if not isinstance(here, Path) or here.exists() else elsewhere
+    return missing(*(name for name in TASKS[cell["task"]].phases if name in TEXTS))
 
 
 def data(name: str, seed: int) -> dict[str, Any]:
     """The data module of a phase."""
-    if name in SOURCES:
-        return {"class_path": "TextDataModule", "init_args": TEXT_DATA | {"source": str(source_of(name)), "seed": seed}}
+    if name in TEXTS:
+        return {"class_path": "TextDataModule", "init_args": TEXT_DATA | {"source": source(name), "seed": seed}}
     images = IMAGE_DATA | {"classes": DIGITS[name], "num_workers": 0, "seed": seed}
     return {"class_path": "ImageDataModule", "init_args": images}
 

@@ -158,6 +158,7 @@ OTHERS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "times faster": ("speed", _speeds),
     "parameters": ("params", lambda rows: f"{int(rows[0]['params']):,}"),
     "CPU s": ("cpu_seconds", lambda rows: f"{statistics.median(float(row['cpu_seconds']) for row in rows):.0f}"),
+    "MB": ("peak", lambda rows: f"{statistics.median(float(row['peak']) for row in rows) / 2**20:.0f}"),
     "TFLOP": ("flops", lambda rows: f"{float(rows[0]['flops']) / 1e12:.2f}"),
 }
 

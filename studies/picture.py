@@ -15,6 +15,7 @@ STYLE = {"svg.hashsalt": "studies", "svg.fonttype": "none", "font.size": 8, "axe
 STYLE |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 
 LABELS = {"flops": "training FLOPs", "stage flops": "FLOPs of the last training", "params": "parameters"}
+LABELS |= {"cpu_seconds": "processor seconds"}
 
 Point = tuple[float, list[float]]  # x, the losses of the seeds
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from studies.pretraining import BATCH_SIZE, SEQ_LEN, shape_of
+from studies.pretraining import SEQ_LEN, TEXT_BATCH, shape_of
 from studies.training import DEVICE, scaled, text, train, validation_loss
 from tokenformer import LMConfig, TokenFormerLM
 from tokenformer.growth import pattention_layers
@@ -32,8 +32,8 @@ UNUSED, TOO_MUCH = 0.01, 0.5
 
 def run(what: str, size: str, score_norm: str, lr: float, seed: int) -> dict[str, Any]:
     """Train; the figures of its row."""
-    data = text(SEQ_LEN, BATCH_SIZE["bytes"], seed)
-    held_out = text(SEQ_LEN, BATCH_SIZE["bytes"], 0)
+    data = text(SEQ_LEN, TEXT_BATCH, seed)
+    held_out = text(SEQ_LEN, TEXT_BATCH, 0)
 
     def trained(lr: float, steps: int, **more: Any) -> TokenFormerLM:
         torch.manual_seed(seed)

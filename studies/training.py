@@ -17,6 +17,7 @@ from datamodules.text import TextDataModule
 from lit_modules.optim.config import OptimConfig
 from lit_modules.optim.groups import make_optimizer, param_groups
 from lit_modules.optim.schedule import lr_scheduler
+from studies.runner import ROOT
 from tokenformer import TokenFormerLM
 from tokenformer.backbone import block_matrices
 from tokenformer.matched_keys import matched_key_stds, measuring_scores
@@ -24,6 +25,16 @@ from tokenformer.matched_keys import matched_key_stds, measuring_scores
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = float(os.environ.get("STUDY_SCALE", "1"))  # `--scale`
 LEAST = 6  # steps of a training, however small the scale
+# Real data that lie beside the project, or what the Hugging Face hub has of their kind.
+BESIDE = ROOT.parent / "shared/data"
+SOURCES: dict[str, tuple[Path | None, str]] = {
+    "code": (None, "stdlib"),
+    "wiki": (BESIDE / "text/wikitext-2/train.txt", "hf:Salesforce/wikitext:wikitext-2-raw-v1"),
+    "web": (BESIDE / "text/openwebtext-sample/train.jsonl", "hf:Skylion007/openwebtext"),
+    "digits": (None, "digits"),
+    "cifar": (BESIDE / "images/cifar10", "hf:uoft-cs/cifar10"),
+    "tiny-imagenet": (BESIDE / "images/tiny-imagenet-20", "hf:zh-plus/tiny-imagenet"),
+}
 
 
 def scaled(steps: int) -> int:
@@ -36,10 +47,23 @@ def widened(size: int) -> int:
     return size * max(1, round(SCALE**0.5))
 
 
+def source(name: str) -> str:
+    """What a data module reads."""
+    beside, elsewhere = SOURCES[name]
+    return str(beside) if beside is not None and beside.exists() else elsewhere
+
+
+def missing(*names: str) -> str:
+    """Which of these data do not lie beside the project, and would be downloaded."""
+    paths = [SOURCES[name][0] for name in names]
+    return ", ".join(str(path) for path in paths if path is not None and not path.exists())
+
+
 @cache
-def text(seq_len: int, batch_size: int, seed: int) -> TextDataModule:
-    """Bytes of Python's standard library, in the order of a seed."""
-    return ready(TextDataModule(seq_len=seq_len, batch_size=batch_size, seed=seed))
+def text(seq_len: int, batch_size: int, seed: int, bpe_of: str = "") -> TextDataModule:
+    """Bytes of Python's standard library, in the order of a seed; or a source in a BPE of its own, of 2,048 tokens."""
+    words = {"source": source(bpe_of), "tokenizer": "bpe", "bpe_vocab_size": 2048} if bpe_of else {}
+    return ready(TextDataModule(seq_len=seq_len, batch_size=batch_size, seed=seed, **words))
 
 
 def once(path: Path, make: Callable[[], Any]) -> Any:

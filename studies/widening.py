@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from studies.pretraining import BATCH_SIZE, SEQ_LEN, shape_of
+from studies.pretraining import SEQ_LEN, TEXT_BATCH, shape_of
 from studies.progressive import add_tokens
 from studies.training import DEVICE, once, scaled, text, train, validation_loss
 from tokenformer import LMConfig, TokenFormerLM
@@ -53,8 +53,8 @@ def build(model: str, seed: int, whole: bool = False) -> TokenFormerLM:
 
 def run(model: str, method: str, optimizer: str, lr: float, seed: int, budget: str = "") -> dict[str, Any]:
     """Train a base, make it larger, train on: losses before and after, and at the end."""
-    data = text(SEQ_LEN, BATCH_SIZE["bytes"], seed)
-    loss = partial(validation_loss, data=text(SEQ_LEN, BATCH_SIZE["bytes"], 0))
+    data = text(SEQ_LEN, TEXT_BATCH, seed)
+    loss = partial(validation_loss, data=text(SEQ_LEN, TEXT_BATCH, 0))
     net = build(model, seed)
     base_flops = scaled(STEPS) * step_flops(net)
     if method == "scratch":
@@ -78,7 +78,7 @@ def run(model: str, method: str, optimizer: str, lr: float, seed: int, budget: s
 
 def step_flops(model: TokenFormerLM) -> int:
     """Of a training step."""
-    return 3 * model.flops_per_token(SEQ_LEN) * SEQ_LEN * BATCH_SIZE["bytes"]
+    return 3 * model.flops_per_token(SEQ_LEN) * SEQ_LEN * TEXT_BATCH
 
 
 def larger(model: TokenFormerLM, method: str, seed: int) -> TokenFormerLM:

@@ -6,6 +6,7 @@ import yaml
 from studies import continual
 from studies.continual import TASKS, experiment, run
 from studies.runner import Study
+from studies.training import SOURCES
 from tests.conftest import write_corpus
 
 CASES = [(cell["task"], cell["method"]) for cell in Study("continual").cells]
@@ -14,10 +15,10 @@ CASES = [(cell["task"], cell["method"]) for cell in Study("continual").cells]
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Few steps on made-up texts."""
-    texts = {name: (tmp_path / f"{name}.jsonl", "") for name in continual.SOURCES}
-    for seed, (path, _) in enumerate(texts.values()):
+    for seed, name in enumerate(continual.TEXTS):
+        path = tmp_path / f"{name}.jsonl"
         write_corpus(path, seed=seed)
-    monkeypatch.setattr(continual, "SOURCES", texts)
+        monkeypatch.setitem(SOURCES, name, (path, ""))
     monkeypatch.setattr(continual, "STEPS", 6)
     monkeypatch.setattr(continual, "TEXT_DATA", continual.TEXT_DATA | {"seq_len": 32, "batch_size": 4})
 

@@ -19,7 +19,7 @@ from studies.growth import SIZES, add_tokens, build
 from studies.page import PAGE, PICTURES, VERDICTS, claims, page, pictures, section, short
 from studies.picture import draw, points_of
 from studies.runner import FOLDER, Study, expand, search
-from studies.training import train
+from studies.training import SOURCES, train
 from tokenformer.growth import pattention_layers
 from tokenformer.pattention import Pattention
 
@@ -116,8 +116,8 @@ def test_an_error_ends_the_study_at_once(study, monkeypatch, tmp_path):
 
 def test_a_smoke_leaves_out_what_would_be_downloaded(monkeypatch, capsys):
     measured = []
-    monkeypatch.setattr("studies.pretraining.CIFAR", Path("/nowhere/images"))
-    monkeypatch.setattr("studies.continual.SOURCES", {"wiki": (Path("/nowhere/text"), ""), "web": ("stdlib", "")})
+    beside = {"cifar": Path("/nowhere/images"), "wiki": Path("/nowhere/text")}
+    monkeypatch.setattr("studies.training.SOURCES", {name: (beside.get(name), "") for name in SOURCES})
     monkeypatch.setattr(Study, "measure_in", lambda self, *_, **__: measured.extend(self.cells))
     smoke(["continual", "optimizers"])
     assert {cell["task"] for cell in measured} == {"digits", "bytes"}
