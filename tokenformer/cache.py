@@ -3,12 +3,12 @@
 B rows, T new tokens, S tokens of the cache, H heads, K channels of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from tokenformer.decoding import JoinedLayers, each
+from tokenformer.decoding import each, join
 from tokenformer.operator import autocast_dtype
 
 
@@ -21,12 +21,13 @@ class KVCache:
     Args:
         batch_size: rows, B.
         max_len: tokens of a row that there is room for.
-        joins: whether one token at a time is read with layers of the same input as one, with the weights of then.
+        joins: read single tokens with layers of the same input as one, which takes less time. The model must stay as it
+            is from the first of them on.
 
     Attributes:
         lengths: how many tokens each row has read.
         layers: keys and values (B, H, max_len, K) of each attention layer, made when it reads the first tokens.
-        joined: the layers that are one, made when they read the first single token; None for those that can't be.
+        joined: what computes layers of the same input, made when they read the first single token.
 
     Example:
         >>> cache = model.new_cache(batch_size=2)
@@ -38,7 +39,7 @@ class KVCache:
         self.max_len, self.joins = max_len, joins
         self.lengths = [0] * batch_size
         self.layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self.joined: dict[tuple[nn.Module, ...], JoinedLayers | None] = {}
+        self.joined: dict[tuple[nn.Module, ...], Callable[[Tensor], list[Tensor]]] = {}
 
     def keep(self, rows: list[int]) -> None:
         """Forget all other rows."""
@@ -87,13 +88,10 @@ class Chunk:
             cached[rows, :, self.positions] = new.transpose(1, 2)  # (B, T, H, K)
         return keys[:, :, : self.end], values[:, :, : self.end]
 
-    def project(self, x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
-        """What layers give for the same x (B, T, D)."""
-        if not self.cache.joins or x.shape[1] > 1 or autocast_dtype(x.device) is not None:
+    def project(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
+        """What layers give for the same x, (B, T, D) each."""
+        if not self.cache.joins or x.shape[1] != 1 or autocast_dtype(x.device) is not None:
             return each(x, *layers)
         if layers not in self.cache.joined:
-            self.cache.joined[layers] = JoinedLayers.of(layers)
-        as_one = self.cache.joined[layers]
-        if as_one is not None:
-            return as_one(x).unbind()
-        return each(x, *layers) if len(layers) == 1 else [self.project(x, layer)[0] for layer in layers]
+            self.cache.joined[layers] = join(*layers)
+        return self.cache.joined[layers](x)

@@ -160,7 +160,7 @@ def _forward(
         # In z's own precision: a mixed-precision product costs more than a matrix product on the CPU.
         factor = row_factor(row_norm(of_norm(kept, norm_tokens), group), tau, kept.dtype)
         weights = F.gelu(kept.mul_(factor))
-    return _sum_of_products(weights, values), kept, factor
+    return sum_of_products(weights, values), kept, factor
 
 
 def row_factor(norm: Tensor, tau: Tensor, dtype: torch.dtype) -> Tensor:
@@ -187,17 +187,17 @@ def _scores(x: Tensor, keys: Sequence[Tensor], group: ProcessGroup | None) -> Te
     """X @ keys.T, (T, N)."""
     if len(keys) == 1 and not uses_kernels(x, group):
         return x @ keys[0].T  # which torch.export can take along, unlike `out=`
-    return _write_products(x, keys, _empty_scores(x, keys, group))
+    return write_products(x, keys, _empty_scores(x, keys, group))
 
 
-def _write_products(left: Tensor, segments: Sequence[Tensor], buffer: Tensor) -> Tensor:
+def write_products(left: Tensor, segments: Sequence[Tensor], buffer: Tensor) -> Tensor:
     """Write left @ segment.T to the columns of each segment."""
     for segment, columns in zip(segments, _columns(buffer, segments), strict=True):
         torch.mm(left, segment.T, out=columns)
     return buffer
 
 
-def _sum_of_products(buffer: Tensor, segments: Sequence[Tensor]) -> Tensor:
+def sum_of_products(buffer: Tensor, segments: Sequence[Tensor]) -> Tensor:
     """The sum of columns @ segment."""
     first, *others = zip(_columns(buffer, segments), segments, strict=True)
     out = torch.mm(*first)  # not by `out=`: what torch.compile of torch 2.11 makes of that has no gradient
@@ -265,14 +265,14 @@ def _backward(
         weights = F.gelu(kept) if any(needs_values) else torch.empty_like(kept)
         grad_values = _gradients(weights, grad_out, values, needs_values)
         if needs_scores:
-            grad = _write_products(grad_out, values, weights)  # over the weights
+            grad = write_products(grad_out, values, weights)  # over the weights
             r = _norm_gelu_backward(grad, kept, tau, group, norm_tokens)
     grad_x = grad_tau = None
     grad_keys: list[Tensor | None] = [None] * len(keys)
     if needs_tau:
         grad_tau = (r.sum() * kept.shape[1] / (tau.to(r.dtype) + TINY_TAU)).to(tau.dtype).view_as(tau)
     if needs_x:
-        grad_x = _sum_of_products(grad, keys)
+        grad_x = sum_of_products(grad, keys)
         grad_x = grad_x if outside is None else grad_x.mul_(outside)
     if any(needs_keys):
         grad_keys = _gradients(grad, x if outside is None else x * outside, keys, needs_keys)

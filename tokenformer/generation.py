@@ -66,8 +66,9 @@ def stream(
 ) -> Iterator[dict[int, int]]:
     """:func:`generate` a step at a time: yields the new id of each row that has not ended, by the row's number.
 
-    Whether a row has ended is asked when the next step is. With `crop` a row may be longer than the context: from there
-    on each new id comes from the last `max_seq_len` ids, all read again for it, as in nanoGPT.
+    The model must stay as it is meanwhile. Whether a row has ended is asked when the next step is. With `crop` a row
+    may be longer than the context: from there on each new id comes from the last `max_seq_len` ids, all read again for
+    it, as in nanoGPT.
     """
     _check_prompts(model, prompts, max_new_tokens, crop)
     sampler = Sampler(len(prompts), temperature, top_k, top_p, generator)
@@ -87,7 +88,7 @@ def _steps(
     for _ in range(max_new_tokens):
         if cache is None or max(cache.lengths) == context:  # which comes only where texts are cropped
             seen = [texts[row][-context:] for row in rows]
-            cache = model.new_cache(len(rows), room)
+            cache = model.new_cache(len(rows), room, joins=True)
             longest = max(map(len, seen))
             ids = torch.tensor([text + [0] * (longest - len(text)) for text in seen], device=device)
             last = torch.tensor([len(text) - 1 for text in seen], device=device)
@@ -123,7 +124,7 @@ class Dialogue:
     added since, if that is more.
 
     Args:
-        model: the language model.
+        model: the language model, which stays as it is meanwhile.
         ids: how the text begins, at least one.
         sampler: of one row.
 
@@ -134,7 +135,7 @@ class Dialogue:
 
     def __init__(self, model: TokenFormerLM, ids: list[int], sampler: "Sampler") -> None:
         self.ids, self.num_dropped = list(ids), 0
-        self._model, self._sampler, self._cache = model, sampler, model.new_cache()
+        self._model, self._sampler, self._cache = model, sampler, model.new_cache(joins=True)
         self._read: list[int] = []  # what the cache holds
 
     @torch.no_grad()

@@ -47,12 +47,13 @@ class TokenFormerLM(nn.Module):
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         return weight[: self.config.vocab_size]
 
-    def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> KVCache:
+    def new_cache(self, batch_size: int = 1, max_len: int | None = None, joins: bool = False) -> KVCache:
         """A cache for texts that are read in parts.
 
         Args:
             batch_size: how many texts are read together.
             max_len: tokens of the longest; default: `max_seq_len`.
+            joins: read single tokens in less time; the model must stay as it is, see :class:`KVCache`.
 
         Raises:
             ValueError: for texts longer than the model's context.
@@ -62,7 +63,7 @@ class TokenFormerLM(nn.Module):
             raise ValueError(f"{max_len} tokens are past the model's context, max_seq_len={context}: ask for fewer")
         # Of FSDP2's weights a process has a part, and the others only as long as their block runs.
         whole = all(type(p) is nn.Parameter for p in self.parameters())
-        return KVCache(batch_size, max_len or context, joins=whole)
+        return KVCache(batch_size, max_len or context, joins and whole)
 
     def hidden(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Ids (B, T) -> final hidden states (B, T, D). With a cache they follow on what that has read: no gradient."""

@@ -47,11 +47,12 @@ def any_model(request):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("sizes", [[1] * 24, [24], [5, 1, 9, 2, 7], [1, 23]], ids=str)
-def test_chunks_equal_the_full_forward(any_model, sizes, dtype, tolerance):
+@pytest.mark.parametrize("sizes", [[1] * 24, [24], [5, 1, 9, 0, 2, 7], [1, 23]], ids=str)
+@pytest.mark.parametrize("joins", [False, True])
+def test_chunks_equal_the_full_forward(any_model, sizes, joins, dtype, tolerance):
     model = any_model.to(dtype)
     ids = torch.randint(50, (3, 24))
-    cache = model.new_cache(batch_size=3)
+    cache = model.new_cache(batch_size=3, joins=joins)
     logits = torch.cat([model(chunk, cache) for chunk in ids.split(sizes, dim=1)], dim=1)
     torch.testing.assert_close(logits, model(ids), rtol=0, atol=tolerance)
     assert cache.lengths == [24] * 3
@@ -61,7 +62,7 @@ def test_rows_stand_where_they_are(any_model):
     """Three texts of different lengths in one cache: padding is not seen, a row that leaves changes nothing."""
     model = any_model.double()
     ids, lengths = torch.randint(50, (3, 20)), [4, 11, 1]
-    cache = model.new_cache(batch_size=3)
+    cache = model.new_cache(batch_size=3, joins=True)
     model(ids[:, :11], cache)  # what is behind a row's own length stands for padding
     cache.lengths = lengths
     following = torch.randint(50, (3, 6))
