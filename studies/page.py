@@ -24,9 +24,11 @@ old model in it to the bit, are a small file of their own, and end lower over al
 ({new_tokens} against {lora} and {net2net}). And for language in small models from the start too: of as many \
 parameters and steps it ended below its Transformer twin ({tokenformer} against {transformer} at 1 M parameters, \
 {tokenformer_10m} against {transformer_10m} at 10 M); for images they ended level. **When not**: when the last size \
-is known and nothing is trained yet, train that size at once, which is cheaper ({scratch} for as many FLOPs as base \
-and growth together); when speed decides, since two products, a norm and a GELU take the place of one product \
-([performance](performance.md)); when one classifier must learn new classes without the old ones, where it forgets \
+is known and nothing is trained yet, do not count on growth to save compute. For as many FLOPs as base and growth \
+together, the last size from the start ended lower than what was grown from a base of few tokens ({scratch} against \
+{grown}), and higher than what was grown from one of as many tokens as channels ({scratch_wide} against \
+{grown_wide}). When speed decides, since two products, a norm and a GELU take the place of one product \
+([performance](performance.md)). When one classifier must learn new classes without the old ones, where it forgets \
 like all others.
 """
 BELOW = """
@@ -58,6 +60,8 @@ def advice(studies: Sequence[Study]) -> str:
         "grown": ("growth", stage | {"kind": "anchored", "keys": "matched"}),
         "stage": ("growth", stage | {"kind": "scratch", "as_long": "stage"}),
         "scratch": ("growth", stage | {"kind": "scratch", "as_long": "flops"}),
+        "grown_wide": ("widening", {"model": "tokenformer", "method": "anchored"}),
+        "scratch_wide": ("widening", {"model": "tokenformer", "method": "scratch", "budget": "flops"}),
         "new_tokens": ("continual", {"task": "texts", "method": "new tokens"}),
         "lora": ("continual", {"task": "texts", "method": "lora"}),
         "net2net": ("continual", {"task": "texts", "method": "net2net"}),
