@@ -62,8 +62,8 @@ class TokenFormerLM(nn.Module):
         if max_len is not None and max_len > context:
             raise ValueError(f"{max_len} tokens are past the model's context, max_seq_len={context}: ask for fewer")
         # Of FSDP2's weights a process has a part, and the others only as long as their block runs.
-        whole = all(type(p) is nn.Parameter for p in self.parameters())
-        return KVCache(batch_size, max_len or context, joins and whole)
+        joins = joins and all(type(p) is nn.Parameter for p in self.parameters())
+        return KVCache(batch_size, max_len or context, joins)
 
     def hidden(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Ids (B, T) -> final hidden states (B, T, D). With a cache they follow on what that has read: no gradient."""
