@@ -31,22 +31,28 @@ def use_top_k(model: torch.nn.Module, share: float) -> None:
 
 
 @torch.no_grad()
+def mean_loss(model: TokenFormerLM, ids: torch.Tensor) -> tuple[float, int]:
+    """Of a text's tokens, (T,), each given those before it in its piece, and of how many: all whole pieces."""
+    length = min(model.config.max_seq_len, len(ids) - 1)
+    pieces = ids[: 1 + (len(ids) - 1) // length * length]
+    x, targets = pieces[:-1].view(-1, length), pieces[1:].view(-1, length)
+    nats = [model.nats_and_entropy(*part)[0] for part in zip(x.split(8), targets.split(8), strict=True)]
+    return float(torch.cat(nats).mean()), targets.numel()
+
+
 def losses(model: TokenFormerLM, ids: torch.Tensor, shares: tuple[float, ...] = SHARES) -> list[Row]:
-    """The mean loss of a text's tokens, each given those before it in its piece, a row for each share.
+    """The mean loss of a text, a row for each share.
 
     Args:
         model: in eval mode; its `top_k` is that of the last share afterwards.
         ids: of the text, (T,).
         shares: of the tokens of each layer.
     """
-    length = min(model.config.max_seq_len, len(ids) - 1)
-    pieces = ids[: 1 + (len(ids) - 1) // length * length]
-    x, targets = pieces[:-1].view(-1, length), pieces[1:].view(-1, length)
     rows: list[Row] = []
     for share in shares:
         use_top_k(model, share)
-        nats = [model.nats_and_entropy(*part)[0] for part in zip(x.split(8), targets.split(8), strict=True)]
-        rows.append({"share": share, "loss": float(torch.cat(nats).mean()), "tokens": targets.numel()})
+        loss, tokens = mean_loss(model, ids)
+        rows.append({"share": share, "loss": loss, "tokens": tokens})
     return rows
 
 

@@ -61,7 +61,8 @@ class TokenFormerLM(nn.Module):
         context = self.config.max_seq_len
         if max_len is not None and max_len > context:
             raise ValueError(f"{max_len} tokens are past the model's context, max_seq_len={context}: ask for fewer")
-        # Of FSDP2's weights a process has a part, and the others only as long as their block runs.
+        # Of FSDP2's weights a process has a part, and the others only as long as their block runs; those in int8 are in
+        # the model's dtype no longer than that.
         joins = joins and all(type(p) is nn.Parameter for p in self.parameters())
         return KVCache(batch_size, max_len or context, joins)
 

@@ -54,7 +54,8 @@ class TokenSegment(HasTau):
     With ``own_norm`` the segment has a tau, and its scores are normalised by themselves; without, they are normalised
     together with those of the segment before it. Those of an ``anchored`` segment are divided by the norm of the others
     in whose norm they take no part: it has a buffer ``norm_weight``, which is 0. Calling a segment returns keys, values
-    and the factor of its own norm or None: a module that is called (and not just read) can be sharded on its own.
+    and the factor of its own norm or None: a module that is called (and not just read) can be sharded on its own. What
+    torchao has quantised (:mod:`tokenformer.int8`) is in the model's dtype again then.
     """
 
     norm_weight: Tensor | None
@@ -76,7 +77,7 @@ class TokenSegment(HasTau):
         self.values = nn.Parameter(torch.empty(num_tokens, out_features, **factory))
 
     def forward(self, _: None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: D102
-        return self.keys, self.values, self.current_tau()
+        return _dense(self.keys), _dense(self.values), self.current_tau()
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `torch.nn.utils.parametrize`, by which peft adds LoRA, puts what it does to a parameter into a ModuleDict by
@@ -97,3 +98,8 @@ class TokenSegment(HasTau):
     def is_removable(self) -> bool:
         """Whether it takes no part in the norm of those before it, which therefore stay as they are without it."""
         return self.tau is not None or self.is_anchored
+
+
+def _dense(tokens: Tensor) -> Tensor:
+    is_torchaos = hasattr(tokens, "tensor_data_names")  # as all of its tensors have; it need not be installed
+    return tokens.dequantize() if is_torchaos else tokens

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lit_modules.commands.segments import add_segments, keep_asked
-from lit_modules.modules.loading import ADAPTER_OPTION, Weights
+from lit_modules.modules.loading import ADAPTER_OPTION, INT8_OPTION, Weights
 
 # Column, task and metric of the paper's table: length-normalised accuracy where the choices differ in length the most.
 COLUMNS = {
@@ -144,6 +144,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the model's)")
     add_segments(parser)
     parser.add_argument("--adapter", **ADAPTER_OPTION)
+    parser.add_argument("--int8", **INT8_OPTION)
     given = parser.parse_args(args)
     if given.limit is not None and given.limit < 1:
         raise ValueError(f"--limit {given.limit}: must be at least 1")
@@ -154,7 +155,7 @@ def main(args: list[str]) -> None:
 
     from lit_modules.commands.lm_eval_model import LMEvalModel
 
-    settings = (given.batch_size, given.device, given.dtype, given.weights, given.tokenizer, given.adapter)
+    settings = (given.batch_size, given.device, given.dtype, given.weights, given.tokenizer, given.adapter, given.int8)
     model = LMEvalModel(given.source, *settings)
     keep_asked(model.model, given.source, given.segments, given.adapter)
     rows = evaluate(model, given.tasks.split(","), given.local, given.limit)
@@ -166,6 +167,7 @@ def main(args: list[str]) -> None:
             "adapters": given.adapter,
             "parameters": model.model.num_params(),
             "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
+            "int8": given.int8,
             "rows_from": "hub" if given.local is None else str(given.local),
             "limit": given.limit,
             "segments": " ".join(given.segments),

@@ -35,9 +35,10 @@ from lit_modules.commands.interactive import interact
 from lit_modules.commands.segments import add_segments, keep_asked
 from lit_modules.commands.streaming import Text
 from lit_modules.commands.tokenizers import check_tokenizer, tokenizer_of
-from lit_modules.modules.loading import ADAPTER_OPTION, load_model
+from lit_modules.modules.loading import ADAPTER_OPTION, INT8_OPTION, load_model
 from tokenformer import TokenFormerLM
 from tokenformer.generation import stream
+from tokenformer.int8 import quantize_blocks
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -135,8 +136,9 @@ def main(args: list[str]) -> None:
     parser.add_argument("--tokenizer", help="bytes, a tokenizer.json or hub:NAME (default: the model's)")
     add_segments(parser)
     parser.add_argument("--adapter", **ADAPTER_OPTION)
+    parser.add_argument("--int8", **INT8_OPTION)
     given = vars(parser.parse_args(args))
-    source, tokenizer, segments = (given.pop(name) for name in ("source", "tokenizer", "segments"))
+    source, tokenizer, segments, int8 = (given.pop(name) for name in ("source", "tokenizer", "segments", "int8"))
     num_samples = given.pop("num_samples")
     if num_samples < 1:
         raise ValueError(f"--num_samples {num_samples}: must be at least 1")
@@ -163,6 +165,8 @@ def main(args: list[str]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if int8:
+        quantize_blocks(model)
     known = tokenizer_of(source, tokenizer)
     if interactive:
         interact(model, known, *prompts, **given)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from lit_modules.commands.tokenizers import tokenizer_of
 from lit_modules.modules.loading import Weights, load_model
 from tokenformer import TokenFormerLM, generate
+from tokenformer.int8 import quantize_blocks
 
 # Scored tokens whose logits, S x V, are held at a time.
 LOGIT_ROWS = 1024
@@ -44,6 +45,7 @@ class LMEvalModel(TemplateLM):
         weights: of a checkpoint that has both: average (EMA) or raw.
         tokenizer: bytes, the path of a tokenizer.json or hub:NAME. Default: the model's.
         adapters: files of adapters to put on it.
+        int8: keep the weights of its blocks in int8.
 
     Raises:
         ValueError: for what is no language model, a batch size below 1 and a device that is not there.
@@ -58,6 +60,7 @@ class LMEvalModel(TemplateLM):
         weights: Weights = "average",
         tokenizer: str | None = None,
         adapters: Sequence[str] = (),
+        int8: bool = False,
     ) -> None:
         super().__init__()
         if int(batch_size) < 1:
@@ -72,6 +75,8 @@ class LMEvalModel(TemplateLM):
             self.model = model.to(self._device, dtype=None if dtype is None else getattr(torch, dtype))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device}: {error}") from error
+        if int8:
+            quantize_blocks(model)
         self.tokenizer = tokenizer_of(Path(pretrained), tokenizer)
         self.batch_size = int(batch_size)
         self.max_length = model.config.max_seq_len

@@ -22,6 +22,12 @@ ADAPTER_OPTION: Any = {
     "help": "put this adapter on the model; several times too",
 }
 
+# `--int8` of those that do not change it.
+INT8_OPTION: Any = {
+    "action": "store_true",
+    "help": "keep the weights of all blocks in int8, a quarter of float32's memory (tokenformer.int8)",
+}
+
 
 def load_model(
     path: Path, weights: Weights = "average", adapters: Sequence[str] = ()

@@ -6,10 +6,11 @@ from torch._dynamo.testing import CompileCounter
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'tokenformer[hf]'")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, TorchAoConfig, pipeline
 
-import tokenformer.hf  # noqa: F401 - registers
+import tokenformer.hf  # registers
 from tests.tokenformer.tiny_lm import IDS
+from tokenformer.int8 import quantize_blocks
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -25,6 +26,19 @@ def test_generate_goes_on_as_the_native_model(folder, model, use_cache):
     beams = model.generate(**batch, max_new_tokens=5, do_sample=False, num_beams=3, use_cache=use_cache)
     plain = model.generate(**batch, max_new_tokens=5, do_sample=False, num_beams=3, use_cache=not use_cache)
     assert torch.equal(beams, plain)
+
+
+def test_weights_in_int8_are_torchaos(folder, model):
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install 'tokenformer[int8]'")
+    tokens = {r"re:.*\.segments\.\d+\.(keys|values)": quantization.Int8WeightOnlyConfig()}
+    config = TorchAoConfig(quantization.FqnToConfig(tokens))
+    rounded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    expected = tokenformer.from_pretrained(folder)
+    quantize_blocks(expected)
+    with torch.no_grad():
+        assert torch.equal(rounded(IDS).logits, expected(IDS))
+        assert not torch.equal(rounded(IDS).logits, model(IDS).logits)
+    assert rounded.generate(IDS, max_new_tokens=3, do_sample=False).shape == (len(IDS), IDS.shape[1] + 3)
 
 
 def greedy(native, ids, count):
