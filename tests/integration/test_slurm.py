@@ -64,6 +64,7 @@ def test_two_nodes_equal_one_machine_and_a_preempted_job_an_undisturbed_one(clus
     request = ["--nodes", "2", "--tasks-per-node", "1", "--"]
     whole, preempted, one = (tmp_path / name for name in ("whole", "preempted", "one"))
     first = submit(capsys, config, whole, *request, *options)
+    second = submit(capsys, config, preempted, *request, *options, *hold(8))
     # Meanwhile, the same global batches in one process.
     main([*fit(config, one), PRECISE, "--data.batch_size=4"])
     assert cluster.wait(first)["JobState"] == "COMPLETED", (whole / "logs/task-0.log").read_text()[-3000:]
@@ -71,7 +72,6 @@ def test_two_nodes_equal_one_machine_and_a_preempted_job_an_undisturbed_one(clus
     assert (whole / "growth.csv").read_text().count("\n") == 3
     assert yaml.safe_load((whole / "config.yaml").read_text())["trainer"]["num_nodes"] == 2
 
-    second = submit(capsys, config, preempted, *request, *options, *hold(8))
     for rank in range(2):
         wait_for(preempted / f"held-{rank}", preempted / "logs")
     cluster.run("scancel", "--signal=USR1", second)
