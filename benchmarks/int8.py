@@ -11,6 +11,7 @@ import argparse
 import statistics
 from copy import deepcopy
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -46,9 +47,11 @@ def compare(model: TokenFormerLM, ids: torch.Tensor, length: int = 64, rounds: i
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all weights; those in int8 with their scales."""
-    parts = [part for p in model.parameters() for part in ((p.qdata, p.scale) if hasattr(p, "qdata") else (p,))]
-    return sum(part.numel() * part.element_size() for part in parts)
+    """Bytes of all weights; those in int8 with a scale and a zero point for each row."""
+    parts = [
+        [getattr(p, n) for n in p.__tensor_flatten__()[0]] if hasattr(p, "qdata") else [p] for p in model.parameters()
+    ]
+    return sum(part.numel() * part.element_size() for part in chain.from_iterable(parts))
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenformer.int8 import dense
+
 # d(log tau) / d(gain): Adam moves `tau_gain` by about one learning rate a step, a tenth of what log tau may need.
 TAU_GAIN_RATE = 10.0
 
@@ -77,7 +79,7 @@ class TokenSegment(HasTau):
         self.values = nn.Parameter(torch.empty(num_tokens, out_features, **factory))
 
     def forward(self, _: None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: D102
-        return _dense(self.keys), _dense(self.values), self.current_tau()
+        return dense(self.keys), dense(self.values), self.current_tau()
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `torch.nn.utils.parametrize`, by which peft adds LoRA, puts what it does to a parameter into a ModuleDict by
@@ -98,8 +100,3 @@ class TokenSegment(HasTau):
     def is_removable(self) -> bool:
         """Whether it takes no part in the norm of those before it, which therefore stay as they are without it."""
         return self.tau is not None or self.is_anchored
-
-
-def _dense(tokens: Tensor) -> Tensor:
-    is_torchaos = hasattr(tokens, "tensor_data_names")  # as all of its tensors have; it need not be installed
-    return tokens.dequantize() if is_torchaos else tokens
