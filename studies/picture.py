@@ -30,14 +30,13 @@ def draw(study: Study) -> str:
     if not all(points):
         return ""
     with plt.rc_context(STYLE), io.StringIO() as file:
-        size = (4.4 * len(points), 3.2)
-        figure, ((*panels,),) = plt.subplots(1, len(points), figsize=size, squeeze=False, sharey=True)
+        size = (3.6 * len(points) + 1.6, 3.2)
+        figure, ((*panels,),) = plt.subplots(1, len(points), figsize=size, squeeze=False, sharey=True, layout="tight")
         for panel, shown, x in zip(panels, points, x_columns, strict=True):
             draw_panel(panel, shown)
             panel.set_xlabel(LABELS[x])
         panels[0].set_ylabel("loss")
-        panels[-1].legend(frameon=False)
-        figure.tight_layout()
+        panels[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         figure.savefig(file, format="svg", metadata={"Date": None})
         plt.close(figure)
         return file.getvalue()
