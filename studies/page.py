@@ -26,10 +26,11 @@ parameters and steps it ended below its Transformer twin ({tokenformer} against 
 {tokenformer_10m} against {transformer_10m} at 10 M); for images they ended level. **When not**: when the last size \
 is known and nothing is trained yet, do not count on growth to save compute. For as many FLOPs as base and growth \
 together, the last size from the start ended lower than what was grown from a base of few tokens ({scratch} against \
-{grown}, and after two growths {scratch_twice} against {grown_twice}), and higher than what was grown from one of as \
-many tokens as channels ({scratch_wide} against {grown_wide}). When speed decides, since two products, a norm and a \
-GELU take the place of one product ([performance](performance.md)). When one classifier must learn new classes \
-without the old ones, where it forgets like all others.
+{grown}, and after two growths {scratch_twice} against {grown_twice}, with AdamW {scratch_adamw} against \
+{grown_adamw}), and higher than what was grown from one of as many tokens as channels ({scratch_wide} against \
+{grown_wide}). When speed decides, since two products, a norm and a GELU take the place of one product \
+([performance](performance.md)). When one classifier must learn new classes without the old ones, where it forgets \
+like all others.
 """
 BELOW = """
 Each line below is a cell of a study at its own best learning rate, but for the kind `base`, whose rate is given: the \
@@ -57,9 +58,12 @@ def advice(studies: Sequence[Study]) -> str:
     stage = {"size": "small", "optimizer": "muon", "factor": 4, "stage": 0.33}
     model = {"task": "bytes", "size": "1M", "optimizer": "muon"}
     twice = {"optimizer": "muon", "stage": 0.1}
+    adamw = twice | {"optimizer": "adamw"}
     cells = {
         "grown_twice": ("progressive", twice | {"method": "anchored"}),
         "scratch_twice": ("progressive", twice | {"method": "scratch", "factor": 6, "budget": "flops"}),
+        "grown_adamw": ("progressive", adamw | {"method": "anchored"}),
+        "scratch_adamw": ("progressive", adamw | {"method": "scratch", "factor": 6, "budget": "flops"}),
         "grown": ("growth", stage | {"kind": "anchored", "keys": "matched"}),
         "stage": ("growth", stage | {"kind": "scratch", "as_long": "stage"}),
         "scratch": ("growth", stage | {"kind": "scratch", "as_long": "flops"}),
