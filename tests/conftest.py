@@ -43,7 +43,7 @@ def golden_lm():
 def shared_data():
     """Small real data sets, where the machine has them."""
     if not SHARED_DATA.is_dir():
-        pytest.skip(f"needs the real texts, images and tokenizers of {SHARED_DATA}, which this machine does not have")
+        pytest.skip(f"needs the real texts, images and tokenizers in {SHARED_DATA}, a folder that is not there")
     return SHARED_DATA
 
 
