@@ -26,7 +26,7 @@ parameters and steps it ended below its Transformer twin ({tokenformer} against 
 {tokenformer_10m} against {transformer_10m} at 10 M); for images they ended level. **When not**: when the last size \
 is known and nothing is trained yet, do not count on growth to save compute. For as many FLOPs as base and growth \
 together, the last size from the start ended lower than what was grown from a base of few tokens ({scratch} against \
-{grown}, and after two growths {scratch_twice} against {grown_twice}, with AdamW {scratch_adamw} against \
+{grown}, and after two growths {scratch_twice} against {grown_twice}; with AdamW these are level, {scratch_adamw} and \
 {grown_adamw}), and higher than what was grown from one of as many tokens as channels ({scratch_wide} against \
 {grown_wide}). When speed decides, since two products, a norm and a GELU take the place of one product \
 ([performance](performance.md)). When one classifier must learn new classes without the old ones, where it forgets \
